@@ -1,0 +1,199 @@
+"""The Dynamic Group Convolution layer and the three functions that steer it during training.
+
+Su, Fang et al., "Dynamic Group Convolution for Accelerating Convolutional Neural Networks", ECCV 2020.
+"""
+
+from typing import Optional, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from .ops import gated_conv2d
+
+__all__ = ["DynamicGroupConv2d", "dgc_layers", "gate_penalty", "num_inactive", "set_progress"]
+
+
+def num_inactive(channels: int, gate_factor: float, progress: float) -> int:
+    """Number of input channels each head drops at `progress` in [0, 1] (paper, section 3).
+
+    None for the first twelfth of training, then linearly more, all `channels * (1 - gate_factor)` from
+    three quarters on.
+    """
+    # The order of the factors matters: another one rounds differently at exact halves.
+    if progress <= 1 / 12:
+        return 0
+    if progress < 3 / 4:
+        return round(channels * (1 - gate_factor) * 3 / 2 * (progress - 1 / 12))
+    return round(channels * (1 - gate_factor))
+
+
+def drop_smallest(gates: Tensor, count: Tensor) -> Tensor:
+    """Zero every gate that is not above its row's `count`-th smallest, ties included.
+
+    `count` is an integer tensor of no dimensions and stays one: reading it as a Python number would stall
+    a GPU at every layer and recompile a compiled model whenever it changes.
+    """
+    ascending = gates.detach().sort(dim=-1).values
+    threshold = ascending.index_select(-1, (count - 1).clamp(min=0).reshape(1))
+    return gates.masked_fill((gates <= threshold) & (count > 0), 0)
+
+
+class HeadGates(nn.Module):
+    """The gates of all heads from the pooled features: `relu(W2 relu(W1 a) + b)`, one W1, W2, b per head."""
+
+    def __init__(self, channels: int, heads: int, squeeze_rate: int):
+        super().__init__()
+        # Narrow layers squeeze half as much, as the authors' code does.
+        rate = squeeze_rate // 2 if channels < 80 else squeeze_rate
+        squeezed = channels // rate if rate > 0 else 0
+        if squeezed < 1:
+            raise ValueError(f"squeeze_rate={squeeze_rate} leaves no hidden unit for {channels} input channels")
+        self.squeeze = nn.Parameter(torch.empty(heads, squeezed, channels))
+        self.excite = nn.Parameter(torch.empty(heads, channels, squeezed))
+        self.bias = nn.Parameter(torch.empty(heads, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.squeeze, self.excite):  # Kaiming normal, each head a linear layer of its own
+            nn.init.normal_(weight, std=(2 / weight.shape[-1]) ** 0.5)
+        nn.init.ones_(self.bias)
+
+    def _gates(self, pooled: Tensor) -> Tensor:
+        pooled = pooled.float()
+        squeezed = F.relu(F.linear(pooled, self.squeeze.float().flatten(0, 1)))  # every head in one product
+        squeezed = squeezed.unflatten(1, self.squeeze.shape[:2]).transpose(0, 1)
+        excited = torch.baddbmm(self.bias.float().unsqueeze(1), squeezed, self.excite.float().transpose(1, 2))
+        return F.relu(excited).transpose(0, 1)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, C] -> [B, heads, C], in float32 whatever the input: a rounded gate can flip a selection."""
+        if torch.jit.is_scripting() or not torch.amp.is_autocast_available(pooled.device.type):
+            return self._gates(pooled)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self._gates(pooled)
+
+
+class DynamicGroupConv2d(nn.Module):
+    """Convolution whose heads each choose, per image, which input channels to look at (paper, section 3).
+
+    Applies batch norm and ReLU, pools the result, lets every head compute a gate per channel and drop the
+    channels with the smallest gates, and convolves what is left: [B, in_channels, H, W] ->
+    [B, out_channels, H', W']. Output channel `o` is computed by head `o % heads`.
+
+    How far training has come is held in the buffer `inactive_channels`, the number of channels that every
+    head drops; `set_progress` moves it, the state dict carries it and evaluation uses it. A new layer drops
+    nothing.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation: as in `nn.Conv2d`.
+        heads: number of heads H; divides out_channels.
+        squeeze_rate: reduction in the gates' hidden layer; halved for fewer than 80 input channels.
+        gate_factor: share of input channels each head keeps at the end of training, in (0, 1].
+
+    Raises:
+        ValueError: heads does not divide out_channels, squeeze_rate leaves no hidden unit, or gate_factor
+            is outside (0, 1].
+    """
+
+    lasso: Optional[Tensor]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Union[int, tuple[int, int]],
+        stride: Union[int, tuple[int, int]] = 1,
+        padding: Union[int, tuple[int, int]] = 0,
+        dilation: Union[int, tuple[int, int]] = 1,
+        heads: int = 4,
+        squeeze_rate: int = 16,
+        gate_factor: float = 0.25,
+    ):
+        super().__init__()
+        if heads < 1 or out_channels % heads:
+            raise ValueError(f"heads={heads} does not divide the {out_channels} output channels of a DGC layer")
+        if not 0 < gate_factor <= 1:
+            raise ValueError(f"gate_factor={gate_factor} is not in (0, 1]")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size: tuple[int, int] = _pair(kernel_size)
+        self.stride: tuple[int, int] = _pair(stride)
+        self.padding: tuple[int, int] = _pair(padding)
+        self.dilation: tuple[int, int] = _pair(dilation)
+        self.heads = heads
+        self.squeeze_rate = squeeze_rate
+        self.gate_factor = gate_factor
+
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.gates = HeadGates(in_channels, heads, squeeze_rate)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
+        # An integer, so that `.half()` cannot round it.
+        self.register_buffer("inactive_channels", torch.tensor(0))
+        self.lasso = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each head's filters are initialised as a convolution of their own: its fan-out is one head's."""
+        kh, kw = self.kernel_size
+        nn.init.normal_(self.weight, std=(2 / (kh * kw * (self.out_channels // self.heads))) ** 0.5)
+        self.norm.reset_parameters()
+        self.gates.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(x), inplace=True)
+        gates = self.gates(x.mean((2, 3), dtype=torch.float32))
+        if self.training:
+            self.lasso = gates.mean((0, 2)).sum()
+        gates = drop_smallest(gates, self.inactive_channels)
+        return gated_conv2d(x, gates, self.weight, self.stride, self.padding, self.dilation)
+
+    def __getstate__(self) -> dict:
+        # `lasso` hangs on the last forward's graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "lasso": None}
+
+    def extra_repr(self) -> str:
+        kernel, stride = "x".join(map(str, self.kernel_size)), self.stride[0]
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={kernel}, stride={stride}, "
+            f"heads={self.heads}, squeeze_rate={self.squeeze_rate}, gate_factor={self.gate_factor}"
+        )
+
+
+def dgc_layers(model: nn.Module) -> list[DynamicGroupConv2d]:
+    """The DGC layers of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, DynamicGroupConv2d)]
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Open or close the gates of every DGC layer to where they belong at `progress` (paper, section 3).
+
+    Args:
+        model: any module.
+        progress: finished training steps / all training steps, in [0, 1].
+
+    Raises:
+        ValueError: progress is outside [0, 1].
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress={progress} is not in [0, 1]")
+    for layer in dgc_layers(model):
+        layer.inactive_channels.fill_(num_inactive(layer.in_channels, layer.gate_factor, progress))
+
+
+def gate_penalty(model: nn.Module) -> Tensor:
+    """Sum over layers and heads of the mean gate in the last training forward (paper, section 3).
+
+    Differentiable; taken before any channel is dropped. Zero for a model without DGC layers.
+
+    Raises:
+        RuntimeError: a DGC layer has not been run in training mode.
+    """
+    layers = dgc_layers(model)
+    if any(layer.lasso is None for layer in layers):
+        raise RuntimeError("gate_penalty needs a forward pass in training mode first")
+    if not layers:
+        return torch.zeros((), device=next((p.device for p in model.parameters()), None))
+    return torch.stack([layer.lasso for layer in layers]).sum()

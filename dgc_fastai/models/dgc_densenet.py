@@ -1,0 +1,296 @@
+"""DenseNets whose 1x1 convolutions are DGC layers, and their dense twins. Paper, section 4.
+
+`dgc_densenet86` is the CIFAR network, `dgc_condensenet74` the ImageNet one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import create_classifier
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from ..conv import DynamicGroupConv2d
+from ._config import imagenet_cfg
+
+__all__ = ["DGCDenseNet"]
+
+
+class NormReluConv(nn.Sequential):
+    """Batch norm, ReLU, convolution: what a DGC layer replaces when the convolution is 1x1."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, groups: int = 1):
+        super().__init__(
+            OrderedDict(
+                norm=nn.BatchNorm2d(in_channels),
+                act=nn.ReLU(inplace=True),
+                conv=nn.Conv2d(
+                    in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False
+                ),
+            )
+        )
+
+
+class DenseLayer(nn.Module):
+    """Two convolutions whose output joins their input: [B, C, H, W] -> [B, C + growth, H, W]."""
+
+    def __init__(self, conv1: nn.Module, conv2: nn.Module):
+        super().__init__()
+        self.conv1 = conv1
+        self.conv2 = conv2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv2(self.conv1(x))], dim=1)
+
+
+class DenseStage(nn.Sequential):
+    """Pooling by two (not in the first stage), then dense layers."""
+
+    def __init__(self, layers: Sequence[DenseLayer], pool: bool):
+        super().__init__(
+            OrderedDict(
+                pool=nn.AvgPool2d(2) if pool else nn.Identity(),
+                layers=nn.Sequential(*layers),
+            )
+        )
+
+
+class DGCDenseNet(nn.Module):
+    """DenseNet with DGC layers for its 1x1 convolutions and no compression between stages.
+
+    Args:
+        stages: number of dense layers in each stage.
+        growth: channels that each layer of a stage adds, one number a stage.
+        bottleneck: the 1x1 convolution has bottleneck x growth outputs.
+        group_3x3: groups of the 3x3 convolution.
+        heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
+        stem_stride: 1 for CIFAR's 32 px images, 2 for ImageNet.
+        dense: norm-ReLU-1x1 convolution instead of DGC layers; `heads`, `squeeze_rate` and `gate_factor`
+            then have no effect.
+        num_classes, in_chans, global_pool, drop_rate: as in every timm model.
+
+    Raises:
+        ValueError: stages and growth differ in length, or heads or group_3x3 divides none of its channels.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[int] = (14, 14, 14),
+        growth: Sequence[int] = (8, 16, 32),
+        bottleneck: int = 4,
+        group_3x3: int = 4,
+        heads: int = 4,
+        squeeze_rate: int = 16,
+        gate_factor: float = 0.25,
+        stem_stride: int = 1,
+        dense: bool = False,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+    ):
+        super().__init__()
+        if len(stages) != len(growth):
+            raise ValueError(f"stages={list(stages)} and growth={list(growth)} differ in length")
+        for rate in growth:
+            if rate % group_3x3:
+                raise ValueError(f"group_3x3={group_3x3} does not divide growth={rate}")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+
+        def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
+            if dense:
+                return NormReluConv(in_channels, out_channels, kernel_size=1)
+            return DynamicGroupConv2d(
+                in_channels,
+                out_channels,
+                kernel_size=1,
+                heads=heads,
+                squeeze_rate=squeeze_rate,
+                gate_factor=gate_factor,
+            )
+
+        channels, reduction = 2 * growth[0], stem_stride
+        self.stem = nn.Conv2d(in_chans, channels, 3, stride=stem_stride, padding=1, bias=False)
+        self.stages = nn.Sequential()
+        self.feature_info = []
+        for index, (depth, rate) in enumerate(zip(stages, growth)):
+            layers = []
+            for _ in range(depth):
+                width = bottleneck * rate
+                conv2 = NormReluConv(width, rate, kernel_size=3, groups=group_3x3)
+                layers.append(DenseLayer(conv1x1(channels, width), conv2))
+                channels += rate
+            self.stages.append(DenseStage(layers, pool=index > 0))
+            reduction *= 2 if index > 0 else 1
+            self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f"stages.{index}"))
+
+        self.num_features = channels
+        self.norm = nn.BatchNorm2d(channels)
+        self.act = nn.ReLU(inplace=True)
+        self.head_drop = nn.Dropout(drop_rate)
+        self._set_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    def _set_classifier(self, num_classes: int, global_pool: str) -> None:
+        self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # As the authors do: the fan-out of a group convolution counts the filters of all groups.
+                kh, kw = module.kernel_size
+                nn.init.normal_(module.weight, std=(2 / (kh * kw * module.out_channels)) ** 0.5)
+            elif isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.layers\.(\d+)"
+        return dict(stem=r"^stem", blocks=[(blocks, None), (r"^norm", (99999,))])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        self.num_classes = num_classes
+        device, dtype = self.stem.weight.device, self.stem.weight.dtype
+        self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
+        self.classifier.to(device=device, dtype=dtype).train(self.training)
+
+    def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(stage, x, flatten=True)
+        return stage(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, list[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
+        """The outputs of the chosen stages, and the final features unless `intermediates_only`.
+
+        Args:
+            x: images [B, in_chans, H, W].
+            indices: the last n stages if a number, all if None, else those listed.
+            norm: apply the final norm and ReLU to the last stage's intermediate.
+            stop_early: run no stage after the last one chosen.
+            output_fmt: only "NCHW".
+            intermediates_only: leave the final features out.
+        """
+        assert output_fmt == "NCHW", "Output shape must be NCHW."
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        x = self.stem(x)
+        for index, stage in enumerate(self.stages):
+            if stop_early and index > max_index:
+                break
+            x = self.forward_stage(stage, x)
+            if index in take_indices:
+                intermediates.append(self.act(self.norm(x)) if norm and index == last else x)
+        if intermediates_only:
+            return intermediates
+        if not stop_early or max_index == last:
+            x = self.act(self.norm(x))
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, list[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Delete what the chosen intermediates do not need."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if pruned or prune_norm:
+            self.norm, self.act = nn.Identity(), nn.Identity()
+        if pruned:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if pruned or prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = self.forward_stage(stage, x)
+        return self.act(self.norm(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.classifier(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _cifar_cfg(**kwargs) -> dict:
+    # CIFAR-10's statistics, to the digits that the authors used.
+    mean, std = (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)
+    cfg = dict(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=mean, std=std)
+    return imagenet_cfg(**cfg, **kwargs)
+
+
+_HEAD = dict(first_conv="stem", classifier="classifier")
+default_cfgs = generate_default_cfgs(
+    {
+        "dgc_densenet86": _cifar_cfg(**_HEAD),
+        "dgc_densenet86_dense": _cifar_cfg(**_HEAD),
+        "dgc_condensenet74": imagenet_cfg(pool_size=(7, 7), **_HEAD),
+        "dgc_condensenet74_dense": imagenet_cfg(pool_size=(7, 7), **_HEAD),
+    }
+)
+
+
+def _create_dgc_densenet(variant: str, pretrained: bool, **kwargs) -> DGCDenseNet:
+    # The feature taps are stages, whatever their number.
+    out_indices = tuple(range(len(kwargs["stages"])))
+    feature_cfg = dict(flatten_sequential=True, out_indices=out_indices)
+    return build_model_with_cfg(DGCDenseNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+_CIFAR = dict(stages=(14, 14, 14), growth=(8, 16, 32))
+_IMAGENET = dict(stages=(4, 6, 8, 10, 8), growth=(8, 16, 32, 64, 128), stem_stride=2)
+
+
+@register_model
+def dgc_densenet86(pretrained: bool = False, **kwargs) -> DGCDenseNet:
+    """The published CIFAR network: 14-14-14 layers, growth 8-16-32, gate factor 0.25, 32 px."""
+    return _create_dgc_densenet("dgc_densenet86", pretrained, **dict(_CIFAR, **kwargs))
+
+
+@register_model
+def dgc_densenet86_dense(pretrained: bool = False, **kwargs) -> DGCDenseNet:
+    """`dgc_densenet86` with ordinary 1x1 convolutions, its baseline."""
+    return _create_dgc_densenet("dgc_densenet86_dense", pretrained, **dict(_CIFAR, dense=True, **kwargs))
+
+
+@register_model
+def dgc_condensenet74(pretrained: bool = False, **kwargs) -> DGCDenseNet:
+    """The published ImageNet network: 4-6-8-10-8 layers, growth 8 to 128, gate factor 0.25, 224 px."""
+    return _create_dgc_densenet("dgc_condensenet74", pretrained, **dict(_IMAGENET, **kwargs))
+
+
+@register_model
+def dgc_condensenet74_dense(pretrained: bool = False, **kwargs) -> DGCDenseNet:
+    """`dgc_condensenet74` with ordinary 1x1 convolutions, its baseline."""
+    return _create_dgc_densenet("dgc_condensenet74_dense", pretrained, **dict(_IMAGENET, dense=True, **kwargs))

@@ -1,0 +1,212 @@
+"""The layer against the reference's numbers, and what a user of a PyTorch layer expects of it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import LAYERS, close, group, read, read_json
+
+from dgc_fastai import DynamicGroupConv2d, gate_penalty, set_progress
+from dgc_fastai.checkpoint import _translate
+from dgc_fastai.conv import drop_smallest, num_inactive
+
+
+def golden_layer(path):
+    tensors, metadata = read(path.name)
+    progress, gate_factor = float(metadata.pop("progress")), float(metadata.pop("gate_factor"))
+    layer = DynamicGroupConv2d(**{key: int(value) for key, value in metadata.items()}, gate_factor=gate_factor)
+    layer.load_state_dict(_translate(group(tensors, "state.")))
+    return layer, tensors, progress
+
+
+@pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.stem)
+def test_layer_equals_the_reference_forward_and_backward(path):
+    layer, golden, progress = golden_layer(path)
+    set_progress(layer, progress)
+    x = golden["x"].clone().requires_grad_()
+
+    y = layer.train()(x)
+    close(y, golden["train.y"], 1e-5)
+    close(gate_penalty(layer), golden["train.lasso"][0], 1e-5)
+    assert layer.inactive_channels == golden["train.inactive_channels"]
+    close(layer.norm.running_mean, golden["after.running_mean"], 1e-5)
+    close(layer.norm.running_var, golden["after.running_var"], 1e-5)
+
+    ((y * golden["train.gy"]).sum() / y.numel() + 0.5 * gate_penalty(layer)).backward()
+    close(x.grad, golden["train.grad.x"], 2e-4)
+    gradients = _translate(group(golden, "train.grad."))
+    del gradients["x"]
+    assert gradients.keys() == dict(layer.named_parameters()).keys()
+    for name, parameter in layer.named_parameters():
+        close(parameter.grad, gradients[name], 2e-4)
+
+    close(layer.eval()(golden["x"]), golden["eval.y"], 1e-5)
+
+
+@pytest.mark.parametrize("key", read_json("annealing.json"))
+def test_annealing_table(key):
+    channels, gate_factor = (part.split("=")[1] for part in key.split(","))
+    for progress, expected in read_json("annealing.json")[key]:
+        assert num_inactive(int(channels), float(gate_factor), progress) == expected
+        layer = DynamicGroupConv2d(int(channels), 4, 1, heads=2, gate_factor=float(gate_factor))
+        set_progress(layer, progress)
+        assert layer.inactive_channels == expected
+
+
+def test_ties_go_with_the_smallest_and_zero_drops_nothing():
+    gates = torch.tensor([[0.0, 1.0, 1.0, 2.0, 3.0], [3.0, 2.0, 2.0, 2.0, 0.5]])
+    for count, expected in {
+        0: gates,
+        1: torch.tensor([[0, 1.0, 1, 2, 3], [3, 2, 2, 2, 0]]),
+        2: torch.tensor([[0, 0, 0, 2.0, 3], [3, 0, 0, 0, 0]]),
+        3: torch.tensor([[0, 0, 0, 2.0, 3], [3, 0, 0, 0, 0]]),
+        5: torch.zeros(2, 5),
+    }.items():
+        assert torch.equal(drop_smallest(gates, torch.tensor(count)), expected.float())
+
+
+def test_gates_that_are_not_numbers_are_not_hidden():
+    gates = torch.tensor([[float("nan"), 1.0, 2.0, 3.0]])
+    assert drop_smallest(gates, torch.tensor(2)).isnan().any()
+
+
+def plain_definition(layer, x):
+    """One sample, one head, one channel at a time, straight from the paper's description."""
+    x = F.relu(layer.norm(x))
+    convolution = layer.stride, layer.padding, layer.dilation
+    outputs = []
+    for sample in x:
+        pooled = sample.mean((1, 2))
+        heads = []
+        for head in range(layer.heads):
+            hidden = F.relu(layer.gates.squeeze[head] @ pooled)
+            gate = F.relu(layer.gates.excite[head] @ hidden + layer.gates.bias[head])
+            limit = sorted(gate.tolist())[int(layer.inactive_channels) - 1] if layer.inactive_channels else -1
+            total = F.conv2d(sample[None], 0 * layer.weight[head :: layer.heads], None, *convolution)
+            for channel in range(layer.in_channels):
+                if gate[channel] > limit:
+                    filters = layer.weight[head :: layer.heads, channel : channel + 1]
+                    plane = sample[None, channel : channel + 1] * gate[channel]
+                    total = total + F.conv2d(plane, filters, None, *convolution)
+            heads.append(total[0])
+        outputs.append(torch.stack([heads[o % layer.heads][o // layer.heads] for o in range(layer.out_channels)]))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(kernel_size=1),
+        dict(kernel_size=3, padding=1, stride=2, heads=3),
+        dict(kernel_size=(1, 3), padding=(0, 1), heads=1),
+        dict(kernel_size=3, padding=2, dilation=2, heads=6, gate_factor=0.5),
+        dict(kernel_size=5, stride=(2, 1), heads=2, gate_factor=1.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("progress", [0, 0.5, 1])
+def test_layer_equals_the_plain_definition(arguments, progress):
+    layer = DynamicGroupConv2d(9, 12, **{"heads": 4, "squeeze_rate": 4, **arguments})
+    layer.norm.running_mean.normal_()
+    layer.norm.running_var.uniform_(0.5, 2)
+    set_progress(layer, progress)
+    x = torch.randn(2, 9, 7, 8)
+    with torch.no_grad():
+        close(layer.eval()(x), plain_definition(layer, x), 1e-5)
+
+
+def test_gradient_agrees_with_a_difference_quotient():
+    layer = DynamicGroupConv2d(6, 4, 3, padding=1, heads=2, squeeze_rate=2, gate_factor=0.5)
+    set_progress(layer, 1)
+    x = torch.randn(2, 6, 4, 4, requires_grad=True)
+    # In float32, as the gates are: hence the large step and the loose comparison.
+    loss = (layer(x) * torch.linspace(-1, 1, 4).view(4, 1, 1)).sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    direction = torch.randn_like(x)
+    step = 1e-2
+    with torch.no_grad():
+        values = [(layer(x + s * step * direction) * torch.linspace(-1, 1, 4).view(4, 1, 1)).sum() for s in (1, -1)]
+    assert torch.isclose((gradient * direction).sum(), (values[0] - values[1]) / (2 * step), rtol=2e-2)
+
+
+@pytest.mark.parametrize("progress", [0, 0.3, 0.75, 1])
+def test_every_parameter_has_a_gradient_at_every_progress(progress):
+    layer = DynamicGroupConv2d(16, 8, 3, padding=1)
+    set_progress(layer, progress)
+    (layer(torch.randn(4, 16, 5, 5)).square().mean() + gate_penalty(layer)).backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_initialisation_is_the_reference_s():
+    layer = DynamicGroupConv2d(256, 512, 3, heads=4, squeeze_rate=16)
+    assert abs(layer.weight.std() / (2 / (9 * 128)) ** 0.5 - 1) < 0.01
+    assert abs(layer.gates.squeeze.std() / (2 / 256) ** 0.5 - 1) < 0.02
+    assert abs(layer.gates.excite.std() / (2 / 16) ** 0.5 - 1) < 0.02
+    assert (layer.gates.bias == 1).all()
+    assert layer.inactive_channels == 0
+
+
+def test_progress_is_the_layer_s_own_and_travels_with_its_state():
+    first, second = (DynamicGroupConv2d(16, 8, 1) for _ in range(2))
+    set_progress(first, 1)
+    assert (first.inactive_channels, second.inactive_channels) == (12, 0)
+    second.load_state_dict(first.state_dict())
+    assert second.inactive_channels == 12
+    assert first.half().inactive_channels.dtype == torch.int64
+
+
+def test_forward_reads_no_number_back_from_the_device():
+    # The meta device has no numbers to read: `.item()` or `int(buffer)` would raise there.
+    layer = DynamicGroupConv2d(16, 8, 3, padding=1).to("meta")
+    assert layer(torch.empty(2, 16, 5, 5, device="meta")).shape == (2, 8, 5, 5)
+
+
+def test_gates_stay_in_float32_under_autocast_and_in_half_precision_weights():
+    layer = DynamicGroupConv2d(16, 8, 1)
+    set_progress(layer, 1)
+    x = torch.randn(4, 16, 6, 6)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert (y.dtype, layer.lasso.dtype) == (torch.bfloat16, torch.float32)
+    close(y.float(), expected, 2e-2)
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert layer.lasso.dtype == torch.float32
+
+
+def test_copies_and_pickles_after_a_training_step():
+    layer = DynamicGroupConv2d(16, 8, 1)
+    layer(torch.randn(2, 16, 4, 4))
+    x = torch.randn(2, 16, 4, 4)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin.eval()(x), layer.eval()(x))
+    assert gate_penalty(layer).requires_grad
+
+
+def test_penalty_without_a_training_forward_is_refused():
+    layer = DynamicGroupConv2d(16, 8, 1)
+    layer.eval()(torch.randn(2, 16, 4, 4))
+    with pytest.raises(RuntimeError, match="training mode"):
+        gate_penalty(layer)
+    assert gate_penalty(torch.nn.Linear(2, 2)) == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(heads=3), "heads=3 does not divide the 32"),
+        (dict(heads=0), "heads=0"),
+        (dict(gate_factor=0.0), "gate_factor=0.0"),
+        (dict(gate_factor=1.5), "gate_factor=1.5"),
+        (dict(squeeze_rate=64), "squeeze_rate=64"),
+        (dict(squeeze_rate=1), "squeeze_rate=1"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicGroupConv2d(16, 32, 1, **arguments)
+    with pytest.raises(ValueError, match="progress"):
+        set_progress(DynamicGroupConv2d(16, 32, 1), 1.01)
