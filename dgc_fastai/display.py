@@ -1,0 +1,201 @@
+"""What a person sees: the recipe, the budget, a training run as it goes, its curves."""
+
+import io
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from fastai.callback.core import Callback
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.syntax import Syntax
+from rich.table import Table
+
+from .budget import Budget
+from .recipe import Recipe
+
+__all__ = ["TrainingDisplay", "draw_curves", "show_budget", "show_recipe"]
+
+MOST_ROWS = 40  # of the budget before a training run; about a screen
+HEARTBEAT = 60  # seconds between lines within an epoch, where there is no live bar
+
+
+def show_recipe(console: Console, recipe: Recipe) -> None:
+    """Print the recipe with every default and override written out."""
+    text = Syntax(recipe.to_yaml().rstrip(), "yaml", background_color="default", word_wrap=True)
+    console.print(Panel(text, title=recipe.name, title_align="left", expand=False))
+
+
+def show_budget(console: Console, cost: Budget, every_layer: bool = False) -> None:
+    """Print what a network costs: by layer, or by block if that is more than a screen and not asked for."""
+    rows = [
+        (layer.name, "x".join(map(str, layer.output)), layer.macs, layer.macs_now, layer.macs_dense, layer.parameters)
+        for layer in cost.layers
+    ]
+    grouped = len(rows) > MOST_ROWS and not every_layer
+    title = "Multiply-accumulates of one image: at the target gate factor, now, and dense"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("block" if grouped else "layer", no_wrap=True)
+    for name in ("output", "target", "now", "dense", "params"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, shape, *numbers in _by_block(rows) if grouped else rows:
+        table.add_row(name, shape, *map(_quantity, numbers))
+    table.add_section()
+    totals = cost.macs, cost.macs_now, cost.macs_dense, cost.parameters
+    table.add_row("total", "", *map(_quantity, totals), style="bold")
+    console.print(table)
+    console.print(f"The authors' counter: {cost.operations:,.0f} operations, {cost.parameters:,} parameters.")
+    if grouped:
+        console.print("[dim]Blocks of layers; `check` lists every layer.[/dim]")
+
+
+def _by_block(rows: Sequence[tuple]) -> list[tuple]:
+    """Rows added up over the part of the name that ends in its first number: `stages.0`, `layer1.1`."""
+    blocks: dict[str, list] = {}
+    for name, shape, *numbers in rows:
+        match = re.match(r".*?\.\d+(?=\.)", name)
+        block = blocks.setdefault(match[0] if match else name, [shape, *(0 for _ in numbers)])
+        block[:] = [shape, *(total + number for total, number in zip(block[1:], numbers))]
+    return [(name, *block) for name, block in blocks.items()]
+
+
+def _quantity(number: float) -> str:
+    """Three digits and a unit: 1234567 -> 1.23 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            digits = max(0, 3 - len(str(int(number / size))))
+            return f"{number / size:.{digits}f} {unit}"
+    return f"{number:.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+# A column of the epoch table: the recorder's name, the heading, how to write a value.
+COLUMNS = [
+    ("epoch", "epoch", str),
+    ("train_loss", "train loss", "{:.4f}".format),
+    ("valid_loss", "valid loss", "{:.4f}".format),
+    ("top_1", "top-1", _percent),
+    ("top_5", "top-5", _percent),
+    ("inactive", "inactive", _percent),
+    ("lasso", "lasso", "{:.2f}".format),
+    ("lr", "lr", "{:.2e}".format),
+    ("seconds", "time", "{:.1f} s".format),
+]
+
+
+class TrainingDisplay(Callback):
+    """Live bars on a terminal, plain lines elsewhere, and a line of numbers for each epoch.
+
+    Takes the place of fastai's ProgressCallback. The numbers come from `rows`, which the run folder fills.
+
+    Args:
+        console: where to print.
+        rows: one dictionary an epoch, keyed as `COLUMNS` is.
+    """
+
+    order = 75  # after the row of the epoch is made
+
+    def __init__(self, console: Console, rows: Optional[list[dict[str, Any]]] = None):
+        self.console, self.rows, self.bars = console, rows, None
+
+    def before_fit(self):
+        if self.console.is_terminal:
+            self.bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self.whole = self.bars.add_task("training", total=None, note="", visible=self.rows is not None)
+            self.part = self.bars.add_task("", total=None, note="")
+            self.bars.start()
+        if self.rows is not None:
+            self._print([heading for _, heading, _ in COLUMNS], style="bold")
+
+    def before_train(self):
+        self._begin("epoch {} of {}".format(self.epoch + 1, self.n_epoch), len(self.dls.train))
+        if self.bars:
+            done = self.epoch * len(self.dls.train)
+            self.bars.update(self.whole, total=self.n_epoch * len(self.dls.train), completed=done)
+
+    def before_validate(self):
+        self._begin("validating", len(self.dl))
+
+    def _begin(self, title: str, steps: int):
+        self.title, self.steps, self.beat = title, steps, time.monotonic()
+        if self.bars:
+            self.bars.reset(self.part, description=title, total=steps, note="")
+
+    def after_batch(self):
+        note = None
+        if time.monotonic() - self.beat > (0.5 if self.bars else HEARTBEAT):
+            self.beat = time.monotonic()  # reading the loss waits for the device, so not at every step
+            note = f"loss {float(self.smooth_loss):.4f}" if self.training else ""
+        if self.bars:
+            self.bars.update(self.part, advance=1, **({"note": note} if note else {}))
+            if self.training:
+                self.bars.advance(self.whole)
+        elif note is not None:
+            done = f"{self.title}: {self.iter + 1:,} of {self.steps:,} batches"
+            self.console.print(f"{done}, {note}" if note else done, highlight=False)
+
+    def after_epoch(self):
+        if self.rows:
+            row = self.rows[-1]
+            self._print([write(row[name]) if name in row else "" for name, _, write in COLUMNS])
+
+    def after_fit(self):
+        self.close()
+
+    def close(self):
+        """Take the bars away; also after an interrupt, which fastai reports to no callback."""
+        if self.bars:
+            self.bars.stop()
+            self.bars = None
+
+    def _print(self, cells: Sequence[str], style: str = ""):
+        widths = [max(len(heading) + 1, 8) for _, heading, _ in COLUMNS]
+        line = " ".join(cell.rjust(width) for cell, width in zip(cells, widths))
+        self.console.print(line, style=style, highlight=False, soft_wrap=True)
+
+
+def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
+    """A PNG of a run's loss, accuracy, inactive share and learning rate against the epochs done."""
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure.suptitle(title)
+    epochs = [row["epoch"] for row in rows]
+    panels = [
+        ("loss", [("train_loss", "training (smoothed)"), ("valid_loss", "validation")], 1),
+        ("accuracy (%)", [("top_1", "top-1"), ("top_5", "top-5")], 100),
+        ("channels inactive (%)", [("inactive", "")], 100),
+        ("learning rate", [("lr", "")], 1),
+    ]
+    for axes, (heading, curves, scale) in zip(figure.subplots(2, 2, sharex=True).flat, panels):
+        for name, label in curves:
+            values = [scale * row[name] for row in rows]
+            axes.plot(epochs, values, label=label, marker="o" if len(rows) < 40 else "", markersize=3)
+        axes.set_title(heading, fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(curves) > 1:
+            axes.legend()
+        if scale == 1:
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set_ylim(-2, 102)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("epoch")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()

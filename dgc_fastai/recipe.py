@@ -1,0 +1,274 @@
+"""What a recipe may say. Nothing else parses or validates one.
+
+Imports neither torch nor fastai, so that a mistake is answered at once.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional, Union
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+__all__ = ["Recipe", "RecipeError", "load_recipe"]
+
+
+class RecipeError(ValueError):
+    """A mistake in a recipe, or in what it points to; the message is one line with place and remedy."""
+
+
+GATES = {"heads", "squeeze_rate", "gate_factor"}
+DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3"}
+# Every network by name, with the keywords that are its own.
+ARCHITECTURES = {
+    name + twin: keywords
+    for name, keywords in (("dgc_densenet86", DENSENET), ("dgc_condensenet74", DENSENET), ("dgc_resnet18", GATES))
+    for twin in ("", "_dense")
+}
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError("use letters, digits, '_', '.' and '-' only: run folders are named after it")
+    return name
+
+
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
+        raise ValueError(f"no such device: {name!r}; use auto, cpu, cuda, cuda:N or mps")
+    return name
+
+
+def _known_architecture(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"no network {name!r}{_did_you_mean(name, ARCHITECTURES)}")
+    return name
+
+
+class Section(BaseModel):
+    # Strict: a recipe's 1 is not True, and its "3" is not 3. JSON's few types suffice for every value.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The network and its keywords; one left out keeps the network's own default."""
+
+    arch: Annotated[str, AfterValidator(_known_architecture)]
+    heads: Optional[Count] = None
+    gate_factor: Optional[Share] = None
+    squeeze_rate: Optional[Annotated[int, Field(ge=2)]] = None
+    stages: Optional[Annotated[list[Count], Field(min_length=1)]] = None
+    growth: Optional[Annotated[list[Count], Field(min_length=1)]] = None
+    bottleneck: Optional[Count] = None
+    group_3x3: Optional[Count] = None
+    drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _keywords_of_this_network(self) -> "Model":
+        foreign = sorted(self.keywords().keys() - ARCHITECTURES[self.arch] - {"drop_rate"})
+        if foreign:
+            raise ValueError(f"{self.arch} has no keyword {', '.join(foreign)}")
+        return self
+
+    def keywords(self) -> dict[str, Any]:
+        """The arguments for `timm.create_model`, beside the name."""
+        return self.model_dump(exclude={"arch"}, exclude_none=True)
+
+
+class Data(Section):
+    """The images. `size` is the side, in pixels, of what the network sees."""
+
+    name: Literal["digits", "cifar10", "cifar100", "imagenet"]
+    path: Optional[Annotated[str, Field(min_length=1)]] = None
+    size: Optional[Annotated[int, Field(ge=8, le=4096)]] = None
+    batch_size: Count = 64
+    workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _path_and_size_of_this_data(self) -> "Data":
+        if self.name == "digits" and self.path is not None:
+            raise ValueError("digits come with scikit-learn: leave path out")
+        if self.name != "digits" and self.path is None:
+            raise ValueError(f"{self.name} needs path, the folder it lies in")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the images lie, `~` expanded."""
+        return Path(self.path or ".").expanduser()
+
+    @property
+    def image_size(self) -> int:
+        """`size`, or what is customary for this data."""
+        return self.size or {"digits": 16, "imagenet": 224}.get(self.name, 32)
+
+
+class Train(Section):
+    """How long and how. `lasso` is the weight of the gates' penalty (the paper's lambda)."""
+
+    epochs: Count
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["cosine", "one_cycle"] = "cosine"
+    lasso: Annotated[float, Field(ge=0)] = 1e-5
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class Recipe(Section):
+    """One experiment: a network, its data, its training, where it runs and where its run folders go."""
+
+    name: Annotated[str, AfterValidator(_plain_name)]
+    model: Model
+    data: Data
+    train: Train
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
+    output: Annotated[str, Field(min_length=1)] = "runs"
+
+    @property
+    def runs(self) -> Path:
+        """The folder that run folders go below, `~` expanded."""
+        return Path(self.output).expanduser()
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults written out; loading it gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, default_flow_style=None, width=70)
+
+
+def load_recipe(path: Union[str, Path], overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, apply overrides, check every key and value.
+
+    Whether data, output folder and device exist is another question: see `dgc_fastai.preflight`.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` each, the value as YAML.
+
+    Raises:
+        RecipeError: with the place, what is wrong there, and what to do.
+    """
+    content, lines = _read_yaml(Path(path))
+    for override in overrides:
+        _override(content, lines, override)
+    try:
+        # By way of JSON, which is where pydantic's strictness and YAML's types agree on what a list is.
+        return Recipe.model_validate_json(_to_json(content, path))
+    except ValidationError as error:
+        raise RecipeError("; ".join(_explain(problem, lines, Path(path)) for problem in error.errors()[:3])) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML where 1e-4 is a number, as in YAML 1.2, and a key that stands twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _to_json(content: dict, path: Union[str, Path]) -> str:
+    try:
+        return json.dumps(content, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # an anchor inside itself, a list as a key
+        raise RecipeError(f"{path}: not a recipe: {error}") from None
+
+
+def _parse(text: str, where: str) -> tuple[Any, Optional[yaml.Node]]:
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (loader.construct_document(node) if node else None), node
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise RecipeError(f"{where}{line}: not valid YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:  # what YAML's grammar allows but Python cannot hold
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
+    """The file's content, and for each key the line it stands on."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        nearby = sorted(str(other) for other in path.parent.glob("*.yaml"))
+        hint = _did_you_mean(str(path), nearby) or (f"; there are {', '.join(nearby)}" if nearby else "")
+        raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', 'not UTF-8')}{hint}") from None
+    content, node = _parse(text, str(path))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, such as 'name: quickstart'")
+    lines: dict[tuple, str] = {}
+
+    def note(node: yaml.Node, place: tuple) -> None:
+        if isinstance(node, yaml.MappingNode) and len(place) < 3:
+            for key, value in node.value:
+                lines[(*place, str(key.value))] = f"{path}:{key.start_mark.line + 1}"
+                note(value, (*place, str(key.value)))
+
+    note(node, ())
+    return content, lines
+
+
+def _override(content: dict, lines: dict[tuple, str], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
+        raise RecipeError(f"{override}: an override reads section.key=value, such as train.epochs=10")
+    place = tuple(name.split("."))
+    section = content
+    for key in place[:-1]:
+        if not isinstance(section.setdefault(key, {}), dict):
+            raise RecipeError(f"{override}: {key} is no section")
+        section = section[key]
+    section[place[-1]] = _parse(text, override)[0]
+    lines[place] = override
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+_SECTIONS = {"model": Model, "data": Data, "train": Train}
+
+
+def _explain(problem: dict, lines: dict[tuple, str], path: Path) -> str:
+    place = tuple(problem["loc"])
+    # The nearest key that is written somewhere: a missing key has no line of its own.
+    where = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), str(path))
+    name = ".".join(str(part) for part in place)
+    kind, message = problem["type"], problem["msg"]
+    if kind == "extra_forbidden":
+        schema = Recipe if len(place) == 1 else _SECTIONS.get(place[0])
+        known = list(schema.model_fields) if schema else []
+        hint = _did_you_mean(str(place[-1]), known) or f"; known are {', '.join(known)}"
+        message = f"unknown key{hint}"
+    elif kind == "missing":
+        message = "is missing"
+    elif kind == "value_error":
+        message = str(problem["ctx"]["error"])
+    else:
+        message = message[0].lower() + message[1:]
+        if not isinstance(problem["input"], (dict, list)):
+            message += f", not {json.dumps(problem['input'], default=str)[:60]}"
+    return f"{where}: {name}: {message}"
