@@ -43,7 +43,10 @@ class AnnealGates(Callback):
 
     def before_batch(self):
         if self.training and not hasattr(self.learn, "lr_finder"):
-            set_progress(self.model, self.pct_train)
+            # fastai adds up pct_train step by step. Its rounding error is enough to turn an exact half, and with
+            # it the number of channels, the other way, so take the nearest whole number of steps.
+            steps = self.n_iter * self.n_epoch
+            set_progress(self.model, round(self.pct_train * steps) / steps)
 
     def after_loss(self):
         if not self.training:

@@ -70,10 +70,11 @@ class HeadGates(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """[B, C] -> [B, heads, C], in float32 whatever the input: a rounded gate can flip a selection."""
-        if torch.jit.is_scripting() or not torch.amp.is_autocast_available(pooled.device.type):
-            return self._gates(pooled)
-        with torch.autocast(pooled.device.type, enabled=False):
-            return self._gates(pooled)
+        if not torch.jit.is_scripting():  # TorchScript compiles nothing below this line
+            if torch.amp.is_autocast_available(pooled.device.type):
+                with torch.autocast(pooled.device.type, enabled=False):
+                    return self._gates(pooled)
+        return self._gates(pooled)
 
 
 class DynamicGroupConv2d(nn.Module):

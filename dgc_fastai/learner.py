@@ -6,6 +6,7 @@ import timm
 import torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, top_k_accuracy
@@ -17,7 +18,7 @@ from .callbacks import AnnealGates
 from .data import build_dataloaders, class_names, input_channels
 from .recipe import Recipe, RecipeError
 
-__all__ = ["build_learner", "build_model", "evaluate", "fit", "select_device"]
+__all__ = ["assemble", "build_learner", "build_model", "evaluate", "fit", "select_device"]
 
 
 def top_1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -80,7 +81,11 @@ def build_learner(recipe: Recipe) -> Learner:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     model = build_model(recipe).to(device)
-    dls = build_dataloaders(recipe.data, device)
+    return assemble(recipe, build_dataloaders(recipe.data, device), model)
+
+
+def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> Learner:
+    """The Learner of a recipe, around data and a network that are there already."""
     callbacks = [AnnealGates(recipe.train.lasso)]
     if recipe.train.precision != "float32":
         callbacks.append(MixedPrecision(amp_mode=recipe.train.precision))

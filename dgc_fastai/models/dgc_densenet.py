@@ -47,16 +47,20 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.conv2(self.conv1(x))], dim=1)
 
 
-class DenseStage(nn.Sequential):
+class DenseStage(nn.Module):
     """Pooling by two (not in the first stage), then dense layers."""
 
     def __init__(self, layers: Sequence[DenseLayer], pool: bool):
-        super().__init__(
-            OrderedDict(
-                pool=nn.AvgPool2d(2) if pool else nn.Identity(),
-                layers=nn.Sequential(*layers),
-            )
-        )
+        super().__init__()
+        self.pool = nn.AvgPool2d(2) if pool else nn.Identity()
+        self.layers = nn.Sequential(*layers)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.layers, x)
+        return self.layers(x)
 
 
 class DGCDenseNet(nn.Module):
@@ -101,7 +105,6 @@ class DGCDenseNet(nn.Module):
                 raise ValueError(f"group_3x3={group_3x3} does not divide growth={rate}")
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.grad_checkpointing = False
 
         def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
             if dense:
@@ -158,7 +161,8 @@ class DGCDenseNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -169,11 +173,6 @@ class DGCDenseNet(nn.Module):
         device, dtype = self.stem.weight.device, self.stem.weight.dtype
         self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
         self.classifier.to(device=device, dtype=dtype).train(self.training)
-
-    def forward_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(stage, x, flatten=True)
-        return stage(x)
 
     def forward_intermediates(
         self,
@@ -202,7 +201,7 @@ class DGCDenseNet(nn.Module):
         for index, stage in enumerate(self.stages):
             if stop_early and index > max_index:
                 break
-            x = self.forward_stage(stage, x)
+            x = stage(x)
             if index in take_indices:
                 intermediates.append(self.act(self.norm(x)) if norm and index == last else x)
         if intermediates_only:
@@ -230,10 +229,7 @@ class DGCDenseNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for stage in self.stages:
-            x = self.forward_stage(stage, x)
-        return self.act(self.norm(x))
+        return self.act(self.norm(self.stages(self.stem(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.global_pool(x))
