@@ -10,12 +10,13 @@ from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
 
 os.environ["DGC_FASTAI_RECIPE_ONLY"] = "1"  # no torch before the recipe is known to be good
+from dgc_fastai.errors import CheckpointError, UserError  # noqa: E402
 from dgc_fastai.preflight import check_data, check_device, preflight  # noqa: E402
-from dgc_fastai.recipe import RecipeError, load_recipe  # noqa: E402
+from dgc_fastai.recipe import load_recipe  # noqa: E402
 
 del os.environ["DGC_FASTAI_RECIPE_ONLY"]
 
-app = App(name="app.py", help=__doc__, help_format="markdown")
+app = App(name="app.py", help=__doc__, help_format="markdown", suppress_keyboard_interrupt=False, result_action="return_value")
 console, errors = Console(), Console(stderr=True)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
 
@@ -72,7 +73,7 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
     check_data(plan.data)
     check_device(plan)
     if not weights.is_file():
-        raise RecipeError(f"{weights}: cannot read the checkpoint: there is no such file")
+        raise CheckpointError(f"{weights}: cannot read the checkpoint: there is no such file")
     with console.status("Starting torch and fastai, reading the data"):
         from fastai.callback.progress import ProgressCallback
 
@@ -94,11 +95,7 @@ def main() -> int:
         app(exit_on_error=False, print_error=False)
     except CycloptsError as error:
         message = f"{error} Try app.py --help."
-    except ValueError as error:
-        from dgc_fastai.checkpoint import CheckpointError
-
-        if not isinstance(error, (RecipeError, CheckpointError)):
-            raise
+    except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
         errors.print("interrupted; the run folder holds the last finished epoch", style="bold")

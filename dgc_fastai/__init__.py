@@ -7,10 +7,11 @@ if "DGC_FASTAI_RECIPE_ONLY" not in _os.environ:
     from . import models
     from .budget import budget
     from .callbacks import AnnealGates
-    from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+    from .checkpoint import load_checkpoint, save_checkpoint
     from .conv import DynamicGroupConv2d, gate_penalty, set_progress
+    from .errors import CheckpointError, RecipeError
     from .learner import build_learner
-    from .recipe import RecipeError, load_recipe
+    from .recipe import load_recipe
 
     __all__ = [
         "AnnealGates",

@@ -14,13 +14,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from .conv import dgc_layers
+from .errors import CheckpointError
 from .files import write_atomically
 
-__all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
-
-
-class CheckpointError(ValueError):
-    """A file that is no checkpoint, is damaged or belongs to another network; the message is one line."""
+__all__ = ["load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(model: nn.Module, path: Union[str, Path], metadata: Optional[dict[str, str]] = None) -> None:

@@ -7,13 +7,14 @@ import codecs
 import pickle
 from pathlib import Path
 
+import fastai.vision.data  # noqa: F401  (teaches show_batch and show_results to lay out images)
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import chunked
 from fastai.data.transforms import Categorize, Category, IntToFloatTensor, Normalize, ToTensor, parent_label
-from fastai.torch_basics import TensorCategory, TensorImage, Transform
+from fastai.torch_basics import TensorCategory, TensorImage, TensorImageBW, Transform
 from fastai.vision.core import PILImage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -21,8 +22,9 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from .errors import RecipeError
 from .preflight import cifar_folder, image_classes
-from .recipe import Data, RecipeError
+from .recipe import Data
 
 __all__ = ["build_dataloaders", "class_names", "input_channels"]
 
@@ -73,7 +75,8 @@ class TensorImages:
 
     def __getitem__(self, index):
         index = torch.as_tensor(index)
-        return TensorImage(self.images[index]), TensorCategory(self.labels[index])
+        kind = TensorImageBW if self.images.shape[1] == 1 else TensorImage
+        return kind(self.images[index]), TensorCategory(self.labels[index])
 
     def decode(self, item, full: bool = True):
         image, label = item

@@ -16,7 +16,8 @@ from fastai.torch_core import set_seed
 from . import models  # noqa: F401  (registers the networks)
 from .callbacks import AnnealGates
 from .data import build_dataloaders, class_names, input_channels
-from .recipe import Recipe, RecipeError
+from .errors import RecipeError
+from .recipe import Recipe
 
 __all__ = ["assemble", "build_learner", "build_model", "evaluate", "fit", "select_device"]
 

@@ -5,7 +5,8 @@ import os
 import platform
 from pathlib import Path
 
-from .recipe import Data, Recipe, RecipeError
+from .errors import RecipeError
+from .recipe import Data, Recipe
 
 __all__ = ["preflight"]
 

@@ -13,11 +13,9 @@ from typing import Annotated, Any, Literal, Optional, Union
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["Recipe", "RecipeError", "load_recipe"]
+from .errors import RecipeError
 
-
-class RecipeError(ValueError):
-    """A mistake in a recipe, or in what it points to; the message is one line with place and remedy."""
+__all__ = ["Recipe", "load_recipe"]
 
 
 GATES = {"heads", "squeeze_rate", "gate_factor"}
@@ -162,7 +160,9 @@ def load_recipe(path: Union[str, Path], overrides: Iterable[str] = ()) -> Recipe
         # By way of JSON, which is where pydantic's strictness and YAML's types agree on what a list is.
         return Recipe.model_validate_json(_to_json(content, path))
     except ValidationError as error:
-        raise RecipeError("; ".join(_explain(problem, lines, Path(path)) for problem in error.errors()[:3])) from None
+        # Unknown keys first: a misspelt one explains the missing one.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        raise RecipeError("; ".join(_explain(problem, lines, Path(path)) for problem in problems[:3])) from None
 
 
 class _Loader(yaml.SafeLoader):

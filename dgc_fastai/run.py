@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from .checkpoint import save_checkpoint
 from .data import class_names
 from .display import TrainingDisplay, draw_curves
+from .errors import RecipeError
 from .files import write_atomically
 from .learner import fit
 from .recipe import Recipe
@@ -26,7 +28,7 @@ def train(learn: Learner, recipe: Recipe, console: Console) -> Path:
     """Fit a Learner from `build_learner`, showing it on a console, into a new run folder, whose path is returned.
 
     Raises:
-        OSError: the folder cannot be written.
+        RecipeError: the run folder cannot be made.
     """
     record = RunFolder(new_run_folder(recipe), recipe)
     display = TrainingDisplay(console, record.rows)
@@ -41,16 +43,16 @@ def train(learn: Learner, recipe: Recipe, console: Console) -> Path:
 def new_run_folder(recipe: Recipe) -> Path:
     """Make a folder of its own for a run, named for the recipe and the time, and put the recipe in it."""
     stem = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    recipe.runs.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, 1000):
+    for attempt in itertools.count(1):
         folder = recipe.runs / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
+            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+            return folder
         except FileExistsError:  # of a run that started in the same second
             continue
-        write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-        return folder
-    raise FileExistsError(f"{recipe.runs / stem}: too many runs in one second")
+        except OSError as error:
+            raise RecipeError(f"output: cannot make the run folder {folder}: {error.strerror}") from None
 
 
 class RunFolder(Callback):

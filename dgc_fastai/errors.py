@@ -1,0 +1,15 @@
+"""A user's mistakes. Their message is one line: what is wrong, where, and what to do."""
+
+__all__ = ["CheckpointError", "RecipeError", "UserError"]
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the command line answers it with its message and exit code 2."""
+
+
+class RecipeError(UserError):
+    """A recipe that says what cannot be, or points to what is not there."""
+
+
+class CheckpointError(UserError):
+    """A file that is no checkpoint, is damaged, or belongs to another network."""
