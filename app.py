@@ -16,7 +16,7 @@ from dgc_fastai.recipe import load_recipe  # noqa: E402
 
 del os.environ["DGC_FASTAI_RECIPE_ONLY"]
 
-app = App(name="app.py", help=__doc__, help_format="markdown", suppress_keyboard_interrupt=False, result_action="return_value")
+app = App(name="app.py", help=__doc__, suppress_keyboard_interrupt=False, result_action="return_value", version_flags=())
 console, errors = Console(), Console(stderr=True)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
 
@@ -86,7 +86,8 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
         load_checkpoint(learn.model, weights)
     with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), learn.added_cbs(TrainingDisplay(console)):
         result = measure(learn)
-    console.print(f"top-1 {100 * result['top_1']:.2f} %, top-5 {100 * result['top_5']:.2f} %, loss {result['loss']:.4f}")
+    top_1, top_5 = (f"{100 * result[name]:.2f} %" for name in ("top_1", "top_5"))
+    console.print(f"top-1 {top_1}, top-5 {top_5}, loss {result['loss']:.4f}", highlight=False)
 
 
 def main() -> int:

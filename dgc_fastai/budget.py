@@ -1,8 +1,9 @@
 """What a network costs for one image: multiply-accumulates and parameters, layer by layer."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Union
 
 import torch
@@ -97,12 +98,14 @@ class _Counter:
         for name, module in self.twin.named_modules():
             count = next((count for kind, count in self._counts.items() if isinstance(module, kind)), None)
             if count:
-                hook = lambda module, args, output, name=name, count=count: count(self, name, module, args[0], output)
-                self.handles.append(module.register_forward_hook(hook))
+                self.handles.append(module.register_forward_hook(partial(self._visit, name, count)))
 
     def __exit__(self, *_) -> None:
         for handle in self.handles:
             handle.remove()
+
+    def _visit(self, name: str, count: Callable, module: nn.Module, args: tuple, output: Tensor) -> None:
+        count(self, name, module, args[0], output)
 
     def _add(self, name: str, module: nn.Module, output: Tensor, macs: int, now: int, dense: int) -> None:
         parameters = sum(parameter.numel() for parameter in module.parameters())

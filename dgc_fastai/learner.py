@@ -56,9 +56,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     """
     classes, channels = len(class_names(recipe.data)), input_channels(recipe.data)
     try:
-        return timm.create_model(
-            recipe.model.arch, num_classes=classes, in_chans=channels, **recipe.model.keywords()
-        )
+        return timm.create_model(recipe.model.arch, num_classes=classes, in_chans=channels, **recipe.model.keywords())
     except ValueError as error:
         raise RecipeError(f"model: {error}") from None
 

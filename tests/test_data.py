@@ -24,12 +24,15 @@ def write_cifar(folder, name, binary=False, n=40):
         images = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
         return images, rng.integers(0, fine, count)
 
-    folder = folder / {
-        ("cifar10", False): "cifar-10-batches-py",
-        ("cifar10", True): "cifar-10-batches-bin",
-        ("cifar100", False): "cifar-100-python",
-        ("cifar100", True): "cifar-100-binary",
-    }[name, binary]
+    folder = (
+        folder
+        / {
+            ("cifar10", False): "cifar-10-batches-py",
+            ("cifar10", True): "cifar-10-batches-bin",
+            ("cifar100", False): "cifar-100-python",
+            ("cifar100", True): "cifar-100-binary",
+        }[name, binary]
+    )
     folder.mkdir(parents=True)
     names = [f"class{i}" for i in range(fine)]
     trains = [f"data_batch_{i}" for i in range(1, 6)] if name == "cifar10" else ["train"]

@@ -30,7 +30,6 @@ def gated_conv2d(
     heads = gates.shape[1]
     scale = gates.to(x.dtype).unsqueeze(-1).unsqueeze(-1)
     outputs = [
-        F.conv2d(x * scale[:, head], weight[head::heads], None, stride, padding, dilation)
-        for head in range(heads)
+        F.conv2d(x * scale[:, head], weight[head::heads], None, stride, padding, dilation) for head in range(heads)
     ]
     return torch.stack(outputs, dim=2).flatten(1, 2)

@@ -1,0 +1,58 @@
+"""The README's promises: its code runs, its commands are CI's, its layout is the package's."""
+
+import re
+from pathlib import Path
+
+import torch
+from test_data import write_imagenet
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_python_examples_run(tmp_path, monkeypatch):
+    write_imagenet(tmp_path, classes=("cat", "dog"), train=12, valid=1)
+    (tmp_path / "train").rename(tmp_path / "pictures")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    timm_example, fastai_example, notebook = blocks("python")
+    names = {}
+    exec(timm_example, names)
+    assert names["model"].training and sum(p.numel() for p in names["model"].parameters()) == 12_335_144
+    # The example's network is published-size: fewer layers here, and the rest as it stands.
+    fastai_example = fastai_example.replace('"dgc_densenet86",', '"dgc_densenet86", stages=(1, 1, 1),')
+    exec(fastai_example, names := {})
+    learn = names["learn"]
+    assert learn.recorder.metric_names[-4:] == ["inactive", "lasso", "lr", "time"]
+    assert learn.recorder.values[-1][-3] == 0.75
+    exec(notebook.replace("12, 1e-2", "1, 1e-2, cbs=[ShortEpochCallback(0.1)]"), names)
+    assert torch.isfinite(torch.tensor(names["learn"].recorder.losses)).all()
+
+
+def test_ci_runs_the_readme_s_test_command():
+    install_and_run, install_and_test, *_ = (block.strip() for block in blocks("bash"))
+    assert "app.py recipes/quickstart.yaml" in install_and_run
+    assert install_and_test in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_layout_names_every_module():
+    layout = README.split("## Layout")[1]
+    for path in (ROOT / "dgc_fastai").glob("[a-z]*.py"):
+        assert f"  {path.name} " in layout
+    for name in re.findall(r"^  (\w+\.py) ", layout, re.M):
+        assert (ROOT / "dgc_fastai" / name).exists()
+
+
+def test_modules_import_only_from_above():
+    order = re.findall(r"^  (\w+)(?:\.py|/) ", README, re.M)
+    free = {"errors", "files"}
+    for place, name in enumerate(order):
+        for path in [ROOT / "dgc_fastai" / f"{name}.py", *(ROOT / "dgc_fastai" / name).glob("*.py")]:
+            if path.exists():
+                prefix = r"\.\." if path.parent.name != "dgc_fastai" else r"\."
+                for imported in re.findall(rf"^ *from {prefix}(\w+) import", path.read_text(), re.M):
+                    assert imported in free or order.index(imported) < place or path.parent.name == imported, path
