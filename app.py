@@ -31,12 +31,13 @@ def train(recipe: RecipeFile, /, *overrides: Overrides) -> None:
     preflight(plan)
     with console.status("Starting torch and fastai, reading the data"):
         from dgc_fastai.budget import budget
+        from dgc_fastai.data import input_size
         from dgc_fastai.display import show_budget, show_recipe
         from dgc_fastai.learner import build_learner
         from dgc_fastai.run import train as run
 
         learn = build_learner(plan)
-        cost = budget(learn.model, learn.dls.one_batch()[0].shape[1:])
+        cost = budget(learn.model, input_size(plan.data))
     show_recipe(console, plan)
     show_budget(console, cost)
     folder = run(learn, plan, console)
@@ -50,12 +51,11 @@ def check(recipe: RecipeFile, /, *overrides: Overrides) -> None:
     preflight(plan)
     with console.status("Starting torch and timm"):
         from dgc_fastai.budget import budget
-        from dgc_fastai.data import input_channels
+        from dgc_fastai.data import input_size
         from dgc_fastai.display import show_budget, show_recipe
         from dgc_fastai.learner import build_model
 
-        size = plan.data.image_size
-        cost = budget(build_model(plan), (input_channels(plan.data), size, size))
+        cost = budget(build_model(plan), input_size(plan.data))
     show_recipe(console, plan)
     show_budget(console, cost, every_layer=True)
 
@@ -93,13 +93,13 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
 def main() -> int:
     """Run the command line; a mistake of the user's is one line and exit code 2."""
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as error:
         message = f"{error} Try app.py --help."
     except UserError as error:
         message = str(error)
     except KeyboardInterrupt:
-        errors.print("interrupted; the run folder holds the last finished epoch", style="bold")
+        errors.print("interrupted; a run folder holds its last finished epoch", style="bold")
         return 130
     else:
         return 0

@@ -26,7 +26,7 @@ from .errors import RecipeError
 from .preflight import cifar_folder, image_classes
 from .recipe import Data
 
-__all__ = ["build_dataloaders", "class_names", "input_channels"]
+__all__ = ["build_dataloaders", "class_names", "input_size"]
 
 # Per-channel mean and standard deviation, to the digits that the authors used.
 STATISTICS = {
@@ -47,9 +47,9 @@ def build_dataloaders(data: Data, device: torch.device) -> DataLoaders:
     return (_file_loaders if data.name == "imagenet" else _tensor_loaders)(data, device)
 
 
-def input_channels(data: Data) -> int:
-    """Channels of the images."""
-    return 1 if data.name == "digits" else 3
+def input_size(data: Data) -> tuple[int, int, int]:
+    """Channels, height and width of what the network sees."""
+    return (1 if data.name == "digits" else 3), data.image_size, data.image_size
 
 
 def class_names(data: Data) -> list[str]:

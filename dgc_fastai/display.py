@@ -38,7 +38,7 @@ def show_budget(console: Console, cost: Budget, every_layer: bool = False) -> No
         for layer in cost.layers
     ]
     grouped = len(rows) > MOST_ROWS and not every_layer
-    title = "Multiply-accumulates of one image: at the target gate factor, now, and dense"
+    title = "MACs of one image: at the target gate factor, now, and dense"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("block" if grouped else "layer", no_wrap=True)
     for name in ("output", "target", "now", "dense", "params"):

@@ -15,7 +15,7 @@ from fastai.torch_core import set_seed
 
 from . import models  # noqa: F401  (registers the networks)
 from .callbacks import AnnealGates
-from .data import build_dataloaders, class_names, input_channels
+from .data import build_dataloaders, class_names, input_size
 from .errors import RecipeError
 from .recipe import Recipe
 
@@ -54,7 +54,7 @@ def build_model(recipe: Recipe) -> torch.nn.Module:
     Raises:
         RecipeError: the network's keywords do not go together.
     """
-    classes, channels = len(class_names(recipe.data)), input_channels(recipe.data)
+    classes, (channels, *_) = len(class_names(recipe.data)), input_size(recipe.data)
     try:
         return timm.create_model(recipe.model.arch, num_classes=classes, in_chans=channels, **recipe.model.keywords())
     except ValueError as error:

@@ -8,7 +8,7 @@ import torch
 from fastai.torch_core import TensorImage
 from PIL import Image
 
-from dgc_fastai.data import RandomCropFlip, build_dataloaders, class_names, input_channels
+from dgc_fastai.data import RandomCropFlip, build_dataloaders, class_names, input_size
 from dgc_fastai.errors import RecipeError
 from dgc_fastai.recipe import Data
 
@@ -123,7 +123,7 @@ def test_random_crop_and_flip_against_slicing():
 def test_digits_are_real_and_held_out():
     data = Data(name="digits", size=16)
     dls = build_dataloaders(data, CPU)
-    assert (len(dls.train_ds), len(dls.valid_ds), input_channels(data)) == (1437, 360, 1)
+    assert (len(dls.train_ds), len(dls.valid_ds), input_size(data)) == (1437, 360, (1, 16, 16))
     assert dls.one_batch()[0].shape == (64, 1, 16, 16)
     from sklearn.datasets import load_digits
 
