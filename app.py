@@ -16,7 +16,9 @@ from dgc_fastai.recipe import load_recipe  # noqa: E402
 
 del os.environ["DGC_FASTAI_RECIPE_ONLY"]
 
-app = App(name="app.py", help=__doc__, suppress_keyboard_interrupt=False, result_action="return_value", version_flags=())
+app = App(
+    name="app.py", help=__doc__, suppress_keyboard_interrupt=False, result_action="return_value", version_flags=()
+)
 console, errors = Console(), Console(stderr=True)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
 

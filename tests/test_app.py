@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from test_data import write_cifar, write_imagenet
 
 from dgc_fastai import build_learner, load_recipe
 from dgc_fastai.learner import evaluate, fit
+from dgc_fastai.run import RunFolder
 
 ROOT = Path(__file__).parents[1]
 TINY = "model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.size=8"
@@ -108,6 +110,28 @@ def test_weights_evaluate_to_the_figures_of_the_run(app, run):
     best = app("evaluate", folder / "recipe.yaml", "--weights", folder / "best.safetensors")
     closed = max(float(row["top_1"]) for row in rows if row["inactive"] == rows[3]["inactive"])
     assert best.startswith(f"top-1 {100 * closed:.2f} %")
+
+
+def test_best_is_the_best_of_the_most_closed(tmp_path):
+    recipe = load_recipe(QUICKSTART)
+    record = RunFolder(tmp_path, recipe)
+    names = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "lasso", "lr", "time"]
+    epochs = [(0.9, 0.0), (0.8, 0.4), (0.7, 0.75), (0.75, 0.75), (0.75, 0.75), (0.6, 0.75)]
+    best = []
+    for epoch, (top_1, inactive) in enumerate(epochs):
+        log = [epoch, 1.0, 1.0, top_1, 1.0, inactive, 1.0, 0.1, "00:01"]
+        model = torch.nn.Linear(1, 1, bias=False)
+        model.weight.data.fill_(epoch)
+        record.learn = SimpleNamespace(
+            epoch=epoch, model=model, recorder=SimpleNamespace(metric_names=names, log=log)
+        )  # fmt: skip
+        record.before_epoch()
+        record.after_epoch()
+        with safe_open(tmp_path / "best.safetensors", "pt") as file:
+            best.append(int(file.get_tensor("weight")))
+        with safe_open(tmp_path / "last.safetensors", "pt") as file:
+            assert file.get_tensor("weight") == epoch
+    assert best == [0, 1, 2, 3, 4, 4]  # the later one of equals, as the authors do
 
 
 def test_check_prints_every_layer_and_writes_nothing(app, tmp_path):

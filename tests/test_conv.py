@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from fractions import Fraction
 
 import pytest
 import torch
@@ -53,6 +54,16 @@ def test_annealing_table(key):
         layer = DynamicGroupConv2d(int(channels), 4, 1, heads=2, gate_factor=float(gate_factor))
         set_progress(layer, progress)
         assert layer.inactive_channels == expected
+
+
+def test_annealing_between_the_table_s_points():
+    # In whole twelve-hundredths and exact fractions; halves are left out, as floats may round them either way.
+    for channels, gate_factor in ((16, Fraction(1, 4)), (64, Fraction(9, 20)), (560, Fraction(1, 2)), (1936, 1)):
+        for step in range(1201):
+            progress = Fraction(step, 1200)
+            exact = channels * (1 - gate_factor) * min(max(Fraction(3, 2) * (progress - Fraction(1, 12)), 0), 1)
+            if exact % 1 != Fraction(1, 2):
+                assert num_inactive(channels, float(gate_factor), float(progress)) == round(exact)
 
 
 def test_ties_go_with_the_smallest_and_zero_drops_nothing():
