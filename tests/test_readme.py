@@ -29,7 +29,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
     learn = names["learn"]
     assert learn.recorder.metric_names[-4:] == ["inactive", "lasso", "lr", "time"]
     assert learn.recorder.values[-1][-3] == 0.75
-    exec(notebook.replace("12, 1e-2", "1, 1e-2, cbs=[ShortEpochCallback(0.1)]"), names)
+    exec(notebook.replace("16, 1e-2", "1, 1e-2, cbs=[ShortEpochCallback(0.1)]"), names)
     assert torch.isfinite(torch.tensor(names["learn"].recorder.losses)).all()
 
 
