@@ -28,5 +28,5 @@ def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a run is for others to read, too
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)  # an interrupt can come just after the rename
         raise

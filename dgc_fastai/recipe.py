@@ -19,7 +19,7 @@ __all__ = ["Recipe", "load_recipe"]
 
 
 GATES = {"heads", "squeeze_rate", "gate_factor"}
-DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3"}
+DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3", "stem_stride"}
 # Every network by name, with the keywords that are its own.
 ARCHITECTURES = {
     name + twin: keywords
@@ -65,6 +65,7 @@ class Model(Section):
     growth: Optional[Annotated[list[Count], Field(min_length=1)]] = None
     bottleneck: Optional[Count] = None
     group_3x3: Optional[Count] = None
+    stem_stride: Optional[Count] = None
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")

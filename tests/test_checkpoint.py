@@ -9,6 +9,7 @@ import torch
 from golden import DATA, close, equal_states, group, make_state, read, read_json, tiny_densenet
 
 from dgc_fastai import CheckpointError, load_checkpoint, save_checkpoint, set_progress
+from dgc_fastai.files import write_atomically
 
 PUBLISHED = {
     "cifar10_dydensenet86_h4": ("dgc_densenet86", 10),
@@ -178,3 +179,16 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(tiny_densenet(), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_an_interrupt_just_after_the_rename_is_an_interrupt(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def interrupted(source, target):
+        rename(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "x", "whole")
+    assert (tmp_path / "x").read_text() == "whole" and os.listdir(tmp_path) == ["x"]

@@ -100,11 +100,11 @@ def test_the_dense_resnet_is_torchvision_s():
     from torchvision.models import resnet18
 
     ours, theirs = timm.create_model("dgc_resnet18_dense").eval(), resnet18().eval()
+    assert ours.layer1[0].bn2.weight.min() == 1  # residual branches do not start at zero
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         close(ours(x), theirs(x), 1e-5)
-    assert ours.layer1[0].bn2.weight.min() == 1  # residual branches do not start at zero
 
 
 @pytest.mark.parametrize("name", NAMES)
