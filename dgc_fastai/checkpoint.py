@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .conv import dgc_layers
+from .conv import DynamicGroupConv2d
 from .errors import CheckpointError
 from .files import write_atomically
 
@@ -131,9 +131,8 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Union[str, Path
             problems.append(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     if problems:
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems)}")
-    layers = {id(layer): layer for layer in dgc_layers(model)}
     for prefix, module in model.named_modules():
-        if id(module) in layers:
+        if isinstance(module, DynamicGroupConv2d):
             name = f"{prefix}.inactive_channels".lstrip(".")
             if not 0 <= int(state[name]) < module.in_channels:
                 raise CheckpointError(f"{path}: {name} is {int(state[name])}, of {module.in_channels} channels")
