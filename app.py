@@ -1,16 +1,25 @@
 """Train Dynamic Group Convolution networks from recipes: `python app.py recipes/quickstart.yaml`."""
 
+import json
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import track
+from rich.table import Table
 
 os.environ["DGC_FASTAI_RECIPE_ONLY"] = "1"  # no torch before the recipe is known to be good
-from dgc_fastai.errors import CheckpointError, UserError  # noqa: E402
+from dgc_fastai.catalogue import copy_recipe, describe_recipes  # noqa: E402
+from dgc_fastai.compare import show_comparison  # noqa: E402
+from dgc_fastai.errors import CheckpointError, Interrupted, UserError  # noqa: E402
 from dgc_fastai.preflight import check_data, check_device, preflight  # noqa: E402
 from dgc_fastai.recipe import load_recipe  # noqa: E402
 
@@ -24,11 +33,20 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureW
 
 RecipeFile = Annotated[Path, Parameter(help="A recipe, such as recipes/quickstart.yaml.")]
 Overrides = Annotated[str, Parameter(help="section.key=value each, such as train.epochs=10.")]
+Weights = Annotated[Path, Parameter(help="A .safetensors of a run, such as best.safetensors.")]
 
 
 @app.default
-def train(recipe: RecipeFile, /, *overrides: Overrides) -> None:
-    """Train RECIPE into a new run folder."""
+def train(
+    recipe: RecipeFile, /, *overrides: Overrides, resume: Annotated[bool, Parameter(negative="")] = False
+) -> None:
+    """Train RECIPE into a new run folder.
+
+    Parameters
+    ----------
+    resume
+        Go on with the newest interrupted run of this recipe, if there is one.
+    """
     plan = load_recipe(recipe, overrides)
     preflight(plan)
     with console.status("Starting torch and fastai, reading the data"):
@@ -36,13 +54,17 @@ def train(recipe: RecipeFile, /, *overrides: Overrides) -> None:
         from dgc_fastai.data import input_size
         from dgc_fastai.display import show_budget, show_recipe
         from dgc_fastai.learner import build_learner
+        from dgc_fastai.run import interrupted_run
         from dgc_fastai.run import train as run
 
         learn = build_learner(plan)
         cost = budget(learn.model, input_size(plan.data))
     show_recipe(console, plan)
     show_budget(console, cost)
-    folder = run(learn, plan, console)
+    folder, found = interrupted_run(plan) if resume else (None, "")
+    if found:
+        console.print(found, soft_wrap=True, highlight=False)
+    folder = run(learn, plan, cost, console, folder)
     console.print(f"The run is in {folder}.", soft_wrap=True, highlight=False)
 
 
@@ -92,6 +114,99 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
     console.print(f"top-1 {top_1}, top-5 {top_5}, loss {result['loss']:.4f}", highlight=False)
 
 
+@app.command
+def predict(
+    weights: Weights,
+    image: Annotated[Path, Parameter(help="An image file.")],
+    /,
+    *images: Annotated[Path, Parameter(help="More image files.")],
+    top: Annotated[int, Parameter(validator=Number(gte=1))] = 3,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Print the likeliest classes of each IMAGE, by WEIGHTS.
+
+    Parameters
+    ----------
+    top
+        How many classes of each image.
+    as_json
+        Print JSON.
+    """
+    images = image, *images
+    with errors.status("Starting torch and timm"):
+        from dgc_fastai.trained import load_trained
+        from dgc_fastai.trained import predict as classify
+
+        trained = load_trained(weights)
+    found = list(track(classify(trained, images), "classifying", len(images), console=errors, transient=True))
+    if as_json:
+        answers = [
+            {"image": str(path), "predictions": [{"class": name, "probability": p} for name, p in classes[:top]]}
+            for path, classes in zip(images, found)
+        ]
+        print(json.dumps(answers, indent=2, ensure_ascii=False))
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("image", overflow="fold")
+    for number in range(1, min(top, len(trained.classes)) + 1):
+        table.add_column(f"class {number}" if top > 1 else "class", overflow="fold")
+        table.add_column("probability", justify="right")
+    for path, classes in zip(images, found):
+        cells = (cell for name, probability in classes[:top] for cell in (name, f"{100 * probability:.2f} %"))
+        table.add_row(str(path), *cells)
+    console.print(table)
+
+
+@app.command
+def export(weights: Weights, out: Annotated[Path, Parameter(help="NAME.pt2 or NAME.onnx.")], /) -> None:
+    """Write the network of WEIGHTS for torch.export or ONNX, and verify it against the original."""
+    with console.status("Exporting"):
+        from dgc_fastai.trained import export as write
+        from dgc_fastai.trained import load_trained
+
+        difference = write(load_trained(weights), out)
+    console.print(f"Wrote {out}; its outputs equal the network's to {difference:.0e}.", soft_wrap=True, highlight=False)
+
+
+@app.command
+def compare(
+    run: Annotated[Path, Parameter(help="A run folder.")], /, *runs: Annotated[Path, Parameter(help="More of them.")]
+) -> None:
+    """Print a table of runs: accuracy, budget, time, and where their recipes differ."""
+    show_comparison(console, [run, *runs])
+
+
+@app.command
+def sweep(recipe: RecipeFile, /, *overrides: Overrides) -> None:
+    """Train RECIPE with every combination of values, such as model.gate_factor=0.25,0.5,1."""
+    load_recipe(recipe)
+    with console.status("Starting torch and fastai, trying every combination"):
+        from dgc_fastai.sweep import plan_sweep
+        from dgc_fastai.sweep import sweep as run_all
+
+        folder, plans = plan_sweep(recipe, overrides)
+    show_comparison(console, run_all(folder, plans, console))
+    console.print(f"The runs, sweep.csv and sweep.png are in {folder}.", soft_wrap=True, highlight=False)
+
+
+@app.command(name="list")
+def list_recipes(folder: Path = Path(__file__).parent / "recipes", /) -> None:
+    """List the recipes in FOLDER, and what each reproduces."""
+    for path, title, reproduces in describe_recipes(folder):
+        path = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else path
+        console.print(f"[bold]{escape(str(path))}[/]", highlight=False)
+        console.print(
+            Padding(f"{escape(title)}\n[dim]Reproduces[/] {escape(reproduces)}", (0, 0, 1, 4)), highlight=False
+        )
+
+
+@app.command(name="copy")
+def copy(recipe: RecipeFile, to: Annotated[Optional[Path], Parameter(help="By default my_RECIPE.")] = None, /) -> None:
+    """Copy RECIPE to one of your own to edit."""
+    path = copy_recipe(recipe, to)
+    console.print(f"Wrote {path}; edit it, then: python app.py {path}", soft_wrap=True, highlight=False)
+
+
 def main() -> int:
     """Run the command line; a mistake of the user's is one line and exit code 2."""
     try:
@@ -100,8 +215,12 @@ def main() -> int:
         message = f"{error} Try app.py --help."
     except UserError as error:
         message = str(error)
+    except Interrupted as stop:
+        message, signal = stop.args
+        errors.print(message, style="bold", highlight=False, markup=False, soft_wrap=True)
+        return 128 + signal
     except KeyboardInterrupt:
-        errors.print("interrupted; a run folder holds its last finished epoch", style="bold")
+        errors.print("interrupted", style="bold")
         return 130
     else:
         return 0

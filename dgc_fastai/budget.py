@@ -62,7 +62,7 @@ def budget(model: nn.Module, input_size: Union[int, Sequence[int]]) -> Budget:
     """Count a network's cost for one image, without running it.
 
     Args:
-        model: any network of convolutions and linear layers; it is left as it is.
+        model: any network of convolutions and linear layers, perhaps on the meta device; it is left as it is.
         input_size: (channels, height, width), or the side of a square image of 3 channels.
 
     Raises:
@@ -88,7 +88,7 @@ class _Counter:
         self.operations = 0.0
         self.twin = copy.deepcopy(model).to("meta").eval()
         self.inactive = {
-            name: int(module.inactive_channels)
+            name: 0 if module.inactive_channels.is_meta else int(module.inactive_channels)
             for name, module in model.named_modules()
             if isinstance(module, DynamicGroupConv2d)
         }

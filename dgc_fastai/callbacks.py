@@ -1,11 +1,14 @@
 """fastai callbacks for DGC networks."""
 
+import torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixHandler, MixUp
 from fastai.metrics import ValueMetric
+from timm.utils import ModelEmaV3
 
 from .conv import dgc_layers, gate_penalty, set_progress
 
-__all__ = ["AnnealGates"]
+__all__ = ["AnnealGates", "AverageWeights", "MixUpOrCutMix"]
 
 
 class AnnealGates(Callback):
@@ -75,3 +78,70 @@ class AnnealGates(Callback):
 
     def _learning_rate(self) -> float:
         return float(self.opt.hypers[-1]["lr"])
+
+
+class AverageWeights(Callback):
+    """Averages the weights over the steps, exponentially; validates, and ends the fit, with the average.
+
+    timm's ModelEmaV3, whose decay grows to `decay`, so that short runs do not average their first steps in. Gate
+    progress is a count, and is copied.
+
+    Args:
+        decay: share of the average that a step leaves as it was, such as 0.999.
+    """
+
+    order = 20  # after MixedPrecision (10)
+
+    def __init__(self, decay: float):
+        self.decay, self.average = decay, None
+
+    @property
+    def averaged(self) -> torch.nn.Module:
+        """The network with averaged weights during a fit; the learner's own otherwise."""
+        return self.average.module if self.average else self.learn.model
+
+    def before_fit(self):
+        self.average, self.updates = None, 0
+
+    def before_train(self):
+        if self.average is None:  # not where a fit is announced to validate only
+            self.average = ModelEmaV3(self.model, self.decay, use_warmup=True)
+        self.training_model = self.model
+
+    def after_step(self):
+        self.updates += 1
+        self.average.update(self.model, self.updates)
+
+    def before_validate(self):
+        if self.average:
+            self.learn.model = self.averaged
+
+    def after_validate(self):
+        if self.average:
+            self.learn.model = self.training_model
+
+    after_cancel_validate = after_validate
+
+    def after_fit(self):
+        if self.average:
+            self.after_validate()  # a fit can be cancelled while it validates
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average = None
+
+
+class MixUpOrCutMix(MixHandler):
+    """fastai's MixUp or its CutMix, whichever a coin says, batch by batch.
+
+    Args:
+        mixup, cutmix: alpha of each one's beta distribution.
+    """
+
+    def __init__(self, mixup: float, cutmix: float):
+        super().__init__()
+        self.choices = MixUp(mixup), CutMix(cutmix)
+
+    def before_batch(self):
+        choice = self.choices[int(torch.rand(()) < 0.5)]
+        choice.learn, choice.stack_y = self.learn, self.stack_y
+        choice.before_batch()
+        self.lam, self.yb1 = choice.lam, choice.yb1

@@ -99,12 +99,16 @@ class TrainingDisplay(Callback):
     Args:
         console: where to print.
         rows: one dictionary an epoch, keyed as `COLUMNS` is.
+        print_every: batches between lines within an epoch; by default there is one a minute, and none where
+            there is a live bar.
     """
 
     order = 75  # after the row of the epoch is made
 
-    def __init__(self, console: Console, rows: Optional[list[dict[str, Any]]] = None):
-        self.console, self.rows, self.bars = console, rows, None
+    def __init__(
+        self, console: Console, rows: Optional[list[dict[str, Any]]] = None, print_every: Optional[int] = None
+    ):
+        self.console, self.rows, self.print_every, self.bars = console, rows, print_every, None
 
     def before_fit(self):
         if self.console.is_terminal:
@@ -125,9 +129,6 @@ class TrainingDisplay(Callback):
 
     def before_train(self):
         self._begin("epoch {} of {}".format(self.epoch + 1, self.n_epoch), len(self.dls.train))
-        if self.bars:
-            done = self.epoch * len(self.dls.train)
-            self.bars.update(self.whole, total=self.n_epoch * len(self.dls.train), completed=done)
 
     def before_validate(self):
         self._begin("validating", len(self.dl))
@@ -138,17 +139,20 @@ class TrainingDisplay(Callback):
             self.bars.reset(self.part, description=title, total=steps, note="")
 
     def after_batch(self):
-        note = None
-        if time.monotonic() - self.beat > (0.5 if self.bars else HEARTBEAT):
-            self.beat = time.monotonic()  # reading the loss waits for the device, so not at every step
-            note = f"loss {float(self.smooth_loss):.4f}" if self.training else ""
+        done, now = self.iter + 1, time.monotonic()
         if self.bars:
-            self.bars.update(self.part, advance=1, **({"note": note} if note else {}))
+            self.bars.update(self.part, completed=done)
             if self.training:
-                self.bars.advance(self.whole)
-        elif note is not None:
-            done = f"{self.title}: {self.iter + 1:,} of {self.steps:,} batches"
-            self.console.print(f"{done}, {note}" if note else done, highlight=False)
+                before = self.epoch * self.steps
+                self.bars.update(self.whole, total=self.n_epoch * self.steps, completed=before + done)
+            if now - self.beat > 0.5:  # reading the loss waits for the device, so not at every step
+                self.beat = now
+                self.bars.update(self.part, note=f"loss {float(self.smooth_loss):.4f}" if self.training else "")
+        if done % self.print_every == 0 if self.print_every else not self.bars and now - self.beat > HEARTBEAT:
+            self.beat = now
+            line = f"{self.title}: {done:,} of {self.steps:,} batches"
+            line += f", loss {float(self.smooth_loss):.4f}" if self.training else ""
+            self.console.print(line, highlight=False)
 
     def after_epoch(self):
         if self.rows:

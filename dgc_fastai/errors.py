@@ -1,6 +1,6 @@
 """A user's mistakes. Their message is one line: what is wrong, where, and what to do."""
 
-__all__ = ["CheckpointError", "RecipeError", "UserError"]
+__all__ = ["CheckpointError", "Interrupted", "RecipeError", "UserError"]
 
 
 class UserError(ValueError):
@@ -13,3 +13,7 @@ class RecipeError(UserError):
 
 class CheckpointError(UserError):
     """A file that is no checkpoint, is damaged, or belongs to another network."""
+
+
+class Interrupted(Exception):
+    """A run that was told to stop, and is saved. Args: what to tell, and the signal's number."""

@@ -1,11 +1,18 @@
-"""Writing a file so that a reader finds the old one or the new one, never half of either."""
+"""Files that several processes may come by: written so that a reader never finds half of one, and locked."""
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Union
 
-__all__ = ["write_atomically"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = ["only_one", "write_atomically"]
 
 
 def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None:
@@ -30,3 +37,18 @@ def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)  # an interrupt can come just after the rename
         raise
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold a file for this process; the system lets go of it when the process ends, however it ends.
+
+    Where there are no such locks, as on Windows, nothing is held.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with open(path, "rb") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield

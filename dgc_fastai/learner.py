@@ -1,25 +1,36 @@
 """A recipe -> a fastai Learner, and the two things to do with it: fit and evaluate."""
 
+import difflib
+import inspect
 from functools import partial
+from typing import Any, Optional
 
 import timm
+import timm.optim
 import torch
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgMetric, Learner
+from fastai.learner import AvgMetric, CancelEpochException, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from . import models  # noqa: F401  (registers the networks)
-from .callbacks import AnnealGates
+from .budget import budget
+from .callbacks import AnnealGates, AverageWeights, MixUpOrCutMix
 from .data import build_dataloaders, class_names, input_size
 from .errors import RecipeError
-from .recipe import Recipe
+from .recipe import Recipe, Train
+from .schedules import schedules
 
-__all__ = ["assemble", "build_learner", "build_model", "evaluate", "fit", "select_device"]
+__all__ = ["RecipeLearner", "assemble", "build_learner", "build_model", "evaluate", "fit", "select_device"]
+
+MOST_PARAMETERS = 2 * 10**9
 
 
 def top_1(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -48,17 +59,38 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_model(recipe: Recipe) -> torch.nn.Module:
+def build_model(recipe: Recipe, classes: Optional[int] = None) -> torch.nn.Module:
     """The recipe's network with fresh weights, sized for its data.
 
+    Args:
+        classes: how many; by default the data is asked.
+
     Raises:
-        RecipeError: the network's keywords do not go together.
+        RecipeError: the network's keywords do not go together, or with the size of the images.
     """
-    classes, (channels, *_) = len(class_names(recipe.data)), input_size(recipe.data)
+    classes, size = classes or len(class_names(recipe.data)), input_size(recipe.data)
+    create = partial(
+        timm.create_model, recipe.model.arch, num_classes=classes, in_chans=size[0], **recipe.model.keywords()
+    )
     try:
-        return timm.create_model(recipe.model.arch, num_classes=classes, in_chans=channels, **recipe.model.keywords())
+        with torch.device("meta"):  # what it would be like, before any memory is spent on it
+            cost = budget(create(), size)
+        if cost.parameters > MOST_PARAMETERS:
+            raise ValueError(f"{cost.parameters:,} parameters; {MOST_PARAMETERS:,} is the most that is tried")
+        return create()
     except ValueError as error:
         raise RecipeError(f"model: {error}") from None
+
+
+class RecipeLearner(Learner):
+    """A Learner whose fit can begin at a later epoch, without a word to the callbacks about those before."""
+
+    first_epoch = 0
+
+    def _do_fit(self):
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
 
 def build_learner(recipe: Recipe) -> Learner:
@@ -70,7 +102,7 @@ def build_learner(recipe: Recipe) -> Learner:
         recipe: from `load_recipe`.
 
     Raises:
-        RecipeError: the data, the network or the device cannot be had.
+        RecipeError: the data, the network, the optimiser or the device cannot be had.
     """
     device = select_device(recipe.device)
     if device.type == "cpu" and recipe.train.precision != "float32":
@@ -83,38 +115,90 @@ def build_learner(recipe: Recipe) -> Learner:
     return assemble(recipe, build_dataloaders(recipe.data, device), model)
 
 
-def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> Learner:
-    """The Learner of a recipe, around data and a network that are there already."""
-    callbacks = [AnnealGates(recipe.train.lasso)]
-    if recipe.train.precision != "float32":
-        callbacks.append(MixedPrecision(amp_mode=recipe.train.precision))
-    return Learner(
+def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> RecipeLearner:
+    """The Learner of a recipe, around data and a network that are there already.
+
+    Raises:
+        RecipeError: timm has no such optimiser, or it cannot be used here.
+    """
+    train = recipe.train
+    learn = RecipeLearner(
         dls,
         model,
-        loss_func=CrossEntropyLossFlat(),
-        opt_func=_optimizer(recipe),
-        lr=recipe.train.lr,
-        wd=recipe.train.weight_decay,
-        wd_bn_bias=True,  # the authors decay every parameter
+        loss_func=CrossEntropyLossFlat(label_smoothing=train.label_smoothing),
+        opt_func=partial(_optimizer, train=train),
+        splitter=_one_group if train.decay_norms else _by_decay,
+        lr=train.lr,
         metrics=[AvgMetric(top_1), AvgMetric(top_5)],
-        cbs=callbacks,
+        cbs=_callbacks(recipe),
     )
+    learn.create_opt()
+    return learn
 
 
-def _optimizer(recipe: Recipe):
-    momentum = recipe.train.momentum
-    if recipe.train.optimizer == "adamw":
-        return partial(OptimWrapper, opt=torch.optim.AdamW, betas=(momentum, 0.999))
-    return partial(OptimWrapper, opt=torch.optim.SGD, momentum=momentum, nesterov=momentum > 0)
-
-
-def fit(learn: Learner, recipe: Recipe) -> None:
-    """Train a Learner from `build_learner` by the recipe's schedule."""
+def _callbacks(recipe: Recipe) -> list:
     train = recipe.train
-    if train.schedule == "one_cycle":
-        learn.fit_one_cycle(train.epochs, train.lr)
-    else:
-        learn.fit(train.epochs, train.lr, cbs=ParamScheduler({"lr": SchedCos(train.lr, 0)}))
+    callbacks: list = [AnnealGates(train.lasso)]
+    if train.precision != "float32":
+        callbacks.append(MixedPrecision(amp_mode=train.precision))
+    if train.mixup and train.cutmix:
+        callbacks.append(MixUpOrCutMix(train.mixup, train.cutmix))
+    elif train.mixup or train.cutmix:
+        callbacks.append(MixUp(train.mixup) if train.mixup else CutMix(train.cutmix))
+    if train.accumulate > 1:
+        callbacks.append(GradientAccumulation(train.accumulate * recipe.data.batch_size))
+    if train.clip:
+        callbacks.append(GradientClip(train.clip))
+    if train.ema:
+        callbacks.append(AverageWeights(train.ema))
+    return callbacks
+
+
+def _one_group(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    return [list(model.parameters())]
+
+
+def _by_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """Norms' and biases' parameters apart, by timm's rule."""
+    undecayed, decayed = (group["params"] for group in param_groups_weight_decay(model))
+    return [decayed, undecayed]
+
+
+def _optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Train) -> OptimWrapper:
+    """timm's optimiser of that name; only the first group is decayed."""
+    name = train.optimizer
+    try:
+        info = timm.optim.get_optimizer_info(name)
+    except ValueError:
+        nearest = difflib.get_close_matches(name, timm.optim.list_optimizers(), n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "see timm.optim.list_optimizers()"
+        raise RecipeError(f"train.optimizer: timm has no {name!r}; {hint}") from None
+    if info.second_order:
+        raise RecipeError(f"train.optimizer: {name} needs second derivatives, which fastai's loop does not compute")
+    decays = train.weight_decay, 0.0
+    parameters = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays)]
+    keywords: dict[str, Any] = {"momentum": train.momentum}
+    try:
+        if info.has_betas and info.num_betas == 2:
+            betas = inspect.signature(info.opt_class).parameters["betas"].default
+            keywords.update(betas=(train.momentum, betas[1]) if betas else None)
+        return OptimWrapper(opt=create_optimizer_v2(parameters, name, lr, train.weight_decay, **keywords))
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # a package or GPU it needs
+        raise RecipeError(f"train.optimizer: {name} cannot be used here: {' '.join(str(error).split())}") from None
+
+
+def fit(learn: Learner, recipe: Recipe, first_epoch: int = 0) -> None:
+    """Train a Learner from `build_learner` by the recipe's schedule.
+
+    Args:
+        first_epoch: where a run that is resumed goes on.
+    """
+    scheduled = {name: curve for name, curve in schedules(recipe).items() if name in learn.opt.hypers[0]}
+    learn.first_epoch = first_epoch
+    try:
+        learn.fit(recipe.train.epochs, recipe.train.lr, cbs=ParamScheduler(scheduled))
+    finally:
+        learn.first_epoch = 0
 
 
 def evaluate(learn: Learner) -> dict[str, float]:

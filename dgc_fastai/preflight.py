@@ -1,15 +1,22 @@
 """Does this machine have what a recipe needs? Asked before torch is imported or a byte of data is read."""
 
 import ctypes
+import importlib.util
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Optional
 
 from .errors import RecipeError
 from .recipe import Data, Recipe
 
 __all__ = ["preflight"]
 
+FETCH = {
+    "fashion_mnist": "install Debian's package dataset-fashion-mnist, or fetch it with "
+    "torchvision.datasets.FashionMNIST(FOLDER, download=True) and set data.path to FOLDER",
+}
 # What CIFAR's two archives unpack to, in both of their formats.
 CIFAR_FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"),
@@ -26,6 +33,7 @@ def preflight(recipe: Recipe) -> None:
     check_data(recipe.data)
     check_output(recipe.runs)
     check_device(recipe)
+    check_loggers(recipe.log.loggers)
 
 
 def check_data(data: Data) -> None:
@@ -33,14 +41,45 @@ def check_data(data: Data) -> None:
     if data.name == "digits":
         return
     if not data.folder.is_dir():
-        raise RecipeError(f"data.path: there is no folder {data.folder}; set data.path to where {data.name} lies")
+        hint = FETCH.get(data.name, f"set data.path to where {data.name} lies")
+        raise RecipeError(f"data.path: there is no folder {data.folder}; {hint}")
     if data.name in CIFAR_FOLDERS:
         cifar_folder(data)
+    elif data.name == "fashion_mnist":
+        idx_files(data)
     else:
-        train, valid = (image_classes(data.folder / part) for part in ("train", "val"))
-        if train != valid:
-            odd = sorted(set(train) ^ set(valid))[:3]
-            raise RecipeError(f"data.path: {data.folder}: train and val differ in their classes: {', '.join(odd)}")
+        parts = [(part, image_classes(part)) for part in folder_parts(data) if part]
+        if data.valid_share and len(parts) == 2:
+            raise RecipeError(f"data.valid_share: {parts[1][0]} is there to validate with; leave valid_share out")
+        (train, classes), (valid, others) = parts[0], parts[-1]
+        if classes != others:
+            odd = ", ".join(sorted(set(classes) ^ set(others))[:3])
+            raise RecipeError(f"data.path: {train} and {valid.name} differ in their classes: {odd}")
+
+
+def idx_files(data: Data) -> list[tuple[Path, Path]]:
+    """Fashion-MNIST's images and labels, for training and for test, packed or not, in `data.path` or where
+    torchvision puts them below it."""
+    for folder in (data.folder, data.folder / "FashionMNIST" / "raw"):
+        found = [
+            next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+            for part in ("train", "t10k")
+            for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
+        ]
+        if all(found):
+            return [(found[0], found[1]), (found[2], found[3])]
+    raise RecipeError(f"data.path: {data.folder} holds no train-images-idx3-ubyte and its like; {FETCH[data.name]}")
+
+
+def folder_parts(data: Data) -> tuple[Path, Optional[Path]]:
+    """The folders of the training and of the validation images; the latter None where some are to be held out."""
+    train = data.folder / "train"
+    if data.name == "imagenet":
+        return train, data.folder / "val"
+    if not train.is_dir():
+        return data.folder, None
+    valid = (data.folder / name for name in ("val", "valid", "validation", "test"))
+    return train, next((folder for folder in valid if folder.is_dir()), None)
 
 
 def cifar_folder(data: Data) -> Path:
@@ -61,7 +100,8 @@ def image_classes(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
-        raise RecipeError(f"data.path: cannot read {folder}: {error.strerror}; ImageNet has train/ and val/") from None
+        hint = "there must be a folder of images for each class, below train/ and val/"
+        raise RecipeError(f"data.path: cannot read {folder}: {error.strerror}; {hint}") from None
     if len(names) < 2:
         raise RecipeError(f"data.path: {folder} holds {len(names)} class folders; it needs one for each class")
     return names
@@ -90,6 +130,13 @@ def check_device(recipe: Recipe) -> None:
         raise RecipeError("device: mps, but this is no Mac with Apple silicon; use device=cpu")
     if recipe.train.precision != "float32" and not found:
         raise RecipeError(f"train.precision: {recipe.train.precision} needs a CUDA device; use float32 here")
+
+
+def check_loggers(names: Iterable[str]) -> None:
+    """See that each is installed, without importing any."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise RecipeError(f"log.loggers: {name} is not installed; try pip install {name}")
 
 
 def cuda_devices() -> int:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .errors import RecipeError
 
-__all__ = ["Recipe", "load_recipe"]
+__all__ = ["Recipe", "differences", "load_recipe", "parse_recipe"]
 
 
 GATES = {"heads", "squeeze_rate", "gate_factor"}
@@ -27,13 +27,16 @@ ARCHITECTURES = {
     for twin in ("", "_dense")
 }
 
-Count = Annotated[int, Field(ge=1)]
+# The limits are far beyond use: they are there so that a slip of the finger does not fill the memory.
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Width = Annotated[int, Field(ge=1, le=4096)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=100)]
 
 
 def _plain_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
-        raise ValueError("use letters, digits, '_', '.' and '-' only: run folders are named after it")
+        raise ValueError("use letters, digits, '_', '.' and '-' only, 100 at most")
     return name
 
 
@@ -58,14 +61,14 @@ class Model(Section):
     """The network and its keywords; one left out keeps the network's own default."""
 
     arch: Annotated[str, AfterValidator(_known_architecture)]
-    heads: Optional[Count] = None
+    heads: Optional[Width] = None
     gate_factor: Optional[Share] = None
-    squeeze_rate: Optional[Annotated[int, Field(ge=2)]] = None
-    stages: Optional[Annotated[list[Count], Field(min_length=1)]] = None
-    growth: Optional[Annotated[list[Count], Field(min_length=1)]] = None
-    bottleneck: Optional[Count] = None
-    group_3x3: Optional[Count] = None
-    stem_stride: Optional[Count] = None
+    squeeze_rate: Optional[Annotated[int, Field(ge=2, le=4096)]] = None
+    stages: Optional[Annotated[list[Annotated[int, Field(ge=1, le=200)]], Field(min_length=1, max_length=8)]] = None
+    growth: Optional[Annotated[list[Width], Field(min_length=1, max_length=8)]] = None
+    bottleneck: Optional[Width] = None
+    group_3x3: Optional[Width] = None
+    stem_stride: Optional[Annotated[int, Field(ge=1, le=8)]] = None
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
@@ -83,43 +86,88 @@ class Model(Section):
 class Data(Section):
     """The images. `size` is the side, in pixels, of what the network sees."""
 
-    name: Literal["digits", "cifar10", "cifar100", "imagenet"]
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "imagenet", "folder"]
     path: Optional[Annotated[str, Field(min_length=1)]] = None
     size: Optional[Annotated[int, Field(ge=8, le=4096)]] = None
     batch_size: Count = 64
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    augment: list[Literal["crop_flip", "rand_augment", "trivial_augment", "random_erasing"]] = ["crop_flip"]
+    valid_share: Optional[Annotated[float, Field(gt=0, lt=1)]] = None
+    unreadable: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
-    def _path_and_size_of_this_data(self) -> "Data":
+    def _keys_of_this_data(self) -> "Data":
         if self.name == "digits" and self.path is not None:
             raise ValueError("digits come with scikit-learn: leave path out")
-        if self.name != "digits" and self.path is None:
+        if self.name not in ("digits", "fashion_mnist") and self.path is None:
             raise ValueError(f"{self.name} needs path, the folder it lies in")
+        if self.name != "folder" and self.valid_share is not None:
+            raise ValueError(f"{self.name} has validation images of its own: leave valid_share out")
+        if len(set(self.augment)) < len(self.augment):
+            raise ValueError("augment names something twice")
         return self
 
     @property
     def folder(self) -> Path:
         """Where the images lie, `~` expanded."""
-        return Path(self.path or ".").expanduser()
+        default = "/usr/share/datasets/fashion-mnist" if self.name == "fashion_mnist" else "."  # Debian's package
+        return Path(self.path or default).expanduser()
 
     @property
     def image_size(self) -> int:
         """`size`, or what is customary for this data."""
-        return self.size or {"digits": 16, "imagenet": 224}.get(self.name, 32)
+        customary = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
+        return self.size or customary.get(self.name, 224)
+
+    @property
+    def held_out(self) -> float:
+        """The share of a folder's images to validate with, where it has none for that."""
+        return self.valid_share or 0.2
 
 
 class Train(Section):
-    """How long and how. `lasso` is the weight of the gates' penalty (the paper's lambda)."""
+    """How long and how. `lasso` is the weight of the gates' penalty (the paper's lambda).
+
+    `warmup` is in epochs, `clip` the largest norm of the gradient, `accumulate` batches to a step, `ema` the decay of
+    the averaged weights, `mixup` and `cutmix` the alpha of their beta distributions.
+    """
 
     epochs: Count
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    optimizer: Annotated[str, AfterValidator(_plain_name)] = "sgd"
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    schedule: Literal["cosine", "one_cycle"] = "cosine"
-    lasso: Annotated[float, Field(ge=0)] = 1e-5
+    weight_decay: Strength = 1e-4
+    decay_norms: bool = True
+    schedule: Literal["cosine", "multistep", "one_cycle", "flat_cosine"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    lasso: Strength = 1e-5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Strength = 0.0
+    cutmix: Strength = 0.0
+    clip: Optional[Annotated[float, Field(gt=0)]] = None
+    accumulate: Count = 1
+    ema: Optional[Annotated[float, Field(gt=0, lt=1)]] = None
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _warm_up_within_the_run(self) -> "Train":
+        if self.warmup and self.schedule == "one_cycle":
+            raise ValueError("one_cycle warms up by itself: leave warmup out")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup takes {self.warmup:g} of {self.epochs} epochs: make it shorter")
+        return self
+
+
+class Log(Section):
+    """What is told and kept, beside history, curves, last and best weights.
+
+    `print_every` is in batches, where there is no live bar; `keep_every` in epochs.
+    """
+
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    print_every: Optional[Count] = None
+    keep_every: Optional[Count] = None
 
 
 class Recipe(Section):
@@ -129,6 +177,7 @@ class Recipe(Section):
     model: Model
     data: Data
     train: Train
+    log: Log = Log()
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     output: Annotated[str, Field(min_length=1)] = "runs"
 
@@ -154,16 +203,35 @@ def load_recipe(path: Union[str, Path], overrides: Iterable[str] = ()) -> Recipe
     Raises:
         RecipeError: with the place, what is wrong there, and what to do.
     """
-    content, lines = _read_yaml(Path(path))
+    return parse_recipe(_read(Path(path)), str(path), overrides)
+
+
+def parse_recipe(text: str, where: str, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe that a text holds; `where` names its source in errors. Otherwise as `load_recipe`."""
+    content, lines = _parse_sections(text, where)
     for override in overrides:
         _override(content, lines, override)
     try:
         # By way of JSON, which is where pydantic's strictness and YAML's types agree on what a list is.
-        return Recipe.model_validate_json(_to_json(content, path))
+        return Recipe.model_validate_json(_to_json(content, where))
     except ValidationError as error:
         # Unknown keys first: a misspelt one explains the missing one.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        raise RecipeError("; ".join(_explain(problem, lines, Path(path)) for problem in problems[:3])) from None
+        raise RecipeError("; ".join(_explain(problem, lines, where) for problem in problems[:3])) from None
+
+
+def differences(first: Recipe, second: Recipe, ignore: Iterable[str] = ()) -> list[str]:
+    """The keys in which two recipes differ, as `section.key`; sections and keys in `ignore` are not looked at."""
+    found = []
+    for name in Recipe.model_fields.keys() - set(ignore):
+        pair = getattr(first, name), getattr(second, name)
+        if isinstance(pair[0], Section):
+            found += [
+                f"{name}.{key}" for key in type(pair[0]).model_fields if getattr(pair[0], key) != getattr(pair[1], key)
+            ]
+        elif pair[0] != pair[1]:
+            found.append(name)
+    return sorted(found)
 
 
 class _Loader(yaml.SafeLoader):
@@ -183,11 +251,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _to_json(content: dict, path: Union[str, Path]) -> str:
+def _to_json(content: dict, where: str) -> str:
     try:
         return json.dumps(content, default=str)
     except (TypeError, ValueError, RecursionError) as error:  # an anchor inside itself, a list as a key
-        raise RecipeError(f"{path}: not a recipe: {error}") from None
+        raise RecipeError(f"{where}: not a recipe: {error}") from None
 
 
 def _parse(text: str, where: str) -> tuple[Any, Optional[yaml.Node]]:
@@ -208,23 +276,26 @@ def _parse(text: str, where: str) -> tuple[Any, Optional[yaml.Node]]:
             loader.dispose()
 
 
-def _read_yaml(path: Path) -> tuple[dict, dict[tuple, str]]:
-    """The file's content, and for each key the line it stands on."""
+def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         nearby = sorted(str(other) for other in path.parent.glob("*.yaml"))
         hint = _did_you_mean(str(path), nearby) or (f"; there are {', '.join(nearby)}" if nearby else "")
         raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', 'not UTF-8')}{hint}") from None
-    content, node = _parse(text, str(path))
+
+
+def _parse_sections(text: str, where: str) -> tuple[dict, dict[tuple, str]]:
+    """A recipe's content, and for each key the line it stands on."""
+    content, node = _parse(text, where)
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, such as 'name: quickstart'")
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, such as 'name: quickstart'")
     lines: dict[tuple, str] = {}
 
     def note(node: yaml.Node, place: tuple) -> None:
         if isinstance(node, yaml.MappingNode) and len(place) < 3:
             for key, value in node.value:
-                lines[(*place, str(key.value))] = f"{path}:{key.start_mark.line + 1}"
+                lines[(*place, str(key.value))] = f"{where}:{key.start_mark.line + 1}"
                 note(value, (*place, str(key.value)))
 
     note(node, ())
@@ -250,13 +321,13 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-_SECTIONS = {"model": Model, "data": Data, "train": Train}
+_SECTIONS = {"model": Model, "data": Data, "train": Train, "log": Log}
 
 
-def _explain(problem: dict, lines: dict[tuple, str], path: Path) -> str:
+def _explain(problem: dict, lines: dict[tuple, str], source: str) -> str:
     place = tuple(problem["loc"])
     # The nearest key that is written somewhere: a missing key has no line of its own.
-    where = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), str(path))
+    where = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), source)
     name = ".".join(str(part) for part in place)
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":

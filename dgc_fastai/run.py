@@ -5,39 +5,67 @@ import io
 import itertools
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from rich.console import Console
 
+from .budget import Budget
 from .checkpoint import save_checkpoint
 from .data import class_names
 from .display import TrainingDisplay, draw_curves
-from .errors import RecipeError
-from .files import write_atomically
+from .errors import Interrupted, RecipeError
+from .files import only_one, write_atomically
 from .learner import fit
-from .recipe import Recipe
+from .loggers import logging_callbacks
+from .recipe import Recipe, differences, load_recipe
+from .resume import Snapshots, read_state
 
-__all__ = ["RunFolder", "new_run_folder", "train"]
+__all__ = ["RunFolder", "interrupted_run", "new_run_folder", "train"]
 
 
-def train(learn: Learner, recipe: Recipe, console: Console) -> Path:
-    """Fit a Learner from `build_learner`, showing it on a console, into a new run folder, whose path is returned.
+def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder: Optional[Path] = None) -> Path:
+    """Fit a Learner from `build_learner`, showing it on a console, into a run folder, whose path is returned.
+
+    Args:
+        cost: of the learner's network, for the summary.
+        folder: of an interrupted run, from `interrupted_run`, to go on with; None for a new one.
 
     Raises:
-        RecipeError: the run folder cannot be made.
+        RecipeError: the run folder cannot be made, or a logger is not installed.
+        CheckpointError: the state of the interrupted run cannot be read.
+        Interrupted: SIGINT or SIGTERM came, and the run was saved.
     """
-    record = RunFolder(new_run_folder(recipe), recipe)
-    display = TrainingDisplay(console, record.rows)
-    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), learn.no_logging(), learn.added_cbs([record, display]):
-        try:
-            fit(learn, recipe)
-        finally:
-            display.close()
-    return record.folder
+    state = read_state(folder / "state.pt") if folder else None
+    folder = folder or new_run_folder(recipe)
+    with only_one(folder / "recipe.yaml"):
+        record = RunFolder(folder, recipe, cost)
+        if state:
+            record.rows += state["rows"]
+            record.best = tuple(state["best"])
+        snapshots = Snapshots(folder / "state.pt", recipe.train.seed, record, state)
+        display = TrainingDisplay(console, record.rows, recipe.log.print_every)
+        with _callbacks(learn, [record, snapshots, display, *logging_callbacks(recipe, folder)]):
+            try:
+                with snapshots.on_signals():
+                    fit(learn, recipe, snapshots.first_epoch)
+            finally:
+                display.close()
+    if snapshots.stopped:
+        resume = f"python app.py {folder / 'recipe.yaml'} --resume"
+        raise Interrupted(f"interrupted {snapshots.stopped}, and saved; to go on: {resume}", snapshots.stop)
+    return folder
+
+
+@contextmanager
+def _callbacks(learn: Learner, callbacks: list[Callback]) -> Iterator[None]:
+    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), learn.no_logging(), learn.added_cbs(callbacks):
+        yield
 
 
 def new_run_folder(recipe: Recipe) -> Path:
@@ -55,8 +83,31 @@ def new_run_folder(recipe: Recipe) -> Path:
             raise RecipeError(f"output: cannot make the run folder {folder}: {error.strerror}") from None
 
 
+def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:
+    """The newest run of a recipe below `output` that was interrupted, and a line to tell what was found.
+
+    Another `output` or `log` makes no other run of a recipe. A run that is going on is none that was interrupted.
+    """
+    states = sorted(recipe.runs.glob("*/state.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    passed = ""
+    for folder in (path.parent for path in states):
+        try:
+            different = differences(recipe, load_recipe(folder / "recipe.yaml"), ignore=("output", "log"))
+            with only_one(folder / "recipe.yaml"):
+                if not different:
+                    return folder, f"Going on with {folder}."
+        except RecipeError:  # not a run of ours, or one of another version
+            continue
+        except BlockingIOError:
+            passed = passed or f"; {folder} is going on in another process"
+        else:
+            if folder.name.startswith(recipe.name):
+                passed = passed or f"; {folder} was interrupted, too, but differs in {', '.join(different[:3])}"
+    return None, f"No interrupted run of this recipe below {recipe.runs}: starting one{passed}."
+
+
 class RunFolder(Callback):
-    """Keeps a run's folder up to date: after every epoch its history, curves, last and best weights.
+    """Keeps a run's folder up to date: after every epoch its history, curves, summary, last and best weights.
 
     The best weights are those of the highest top-1 among the epochs with the most channels inactive: a
     network whose gates are still open is another, dearer one.
@@ -64,16 +115,25 @@ class RunFolder(Callback):
     Args:
         folder: an existing folder.
         recipe: the run's recipe; weights carry it and the class names in their metadata.
+        cost: of the network.
     """
 
     order = 70  # after Recorder (50)
 
-    def __init__(self, folder: Path, recipe: Recipe):
+    def __init__(self, folder: Path, recipe: Recipe, cost: Budget):
         self.folder, self.recipe = folder, recipe
         self.rows: list[dict[str, Any]] = []
         self.best = (-1.0, -1.0)
+        self.started = time.monotonic()
         classes = json.dumps(class_names(recipe.data))
         self.metadata = {"recipe": recipe.to_yaml(), "classes": classes, "format": "pt"}
+        self.summary = {
+            "name": recipe.name,
+            "macs": cost.macs,
+            "macs_dense": cost.macs_dense,
+            "operations": cost.operations,
+            "parameters": cost.parameters,
+        }
 
     def before_epoch(self):
         self.started = time.monotonic()
@@ -90,8 +150,21 @@ class RunFolder(Callback):
         writer.writerows(self.rows)
         write_atomically(self.folder / "history.csv", table.getvalue())
         write_atomically(self.folder / "curves.png", draw_curves(self.rows, self.recipe.name))
-        save_checkpoint(self.model, self.folder / "last.safetensors", self.metadata)
+        average = getattr(self, "average_weights", None)
+        network = average.averaged if average else self.model
         score = (row["inactive"], row["top_1"])
+        names = ["last.safetensors"]
         if score >= self.best:
             self.best = score
-            save_checkpoint(self.model, self.folder / "best.safetensors", self.metadata)
+            names.append("best.safetensors")
+        if self.recipe.log.keep_every and row["epoch"] % self.recipe.log.keep_every == 0:
+            names.append(f"epoch_{row['epoch']:04d}.safetensors")
+        for name in names:
+            save_checkpoint(network, self.folder / name, self.metadata)
+        self.summary.update(
+            epochs=row["epoch"],
+            seconds=round(sum(row["seconds"] for row in self.rows), 3),
+            best=max(self.rows, key=lambda row: (row["inactive"], row["top_1"], row["epoch"])),
+            last=row,
+        )
+        write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors import safe_open
 from test_data import write_cifar, write_imagenet
 
-from dgc_fastai import build_learner, load_recipe
-from dgc_fastai.learner import evaluate, fit
+from dgc_fastai import budget, build_learner, load_recipe
+from dgc_fastai.learner import build_model, evaluate, fit
 from dgc_fastai.run import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_a_run_shows_recipe_budget_and_epochs(run):
 
 def test_a_run_folder_is_whole(run):
     _, folder = run
-    names = {"recipe.yaml", "history.csv", "curves.png", "last.safetensors", "best.safetensors"}
+    names = {"recipe.yaml", "history.csv", "curves.png", "summary.json", "last.safetensors", "best.safetensors"}
     assert {path.name for path in folder.iterdir()} == names
     rows = list(csv.DictReader(open(folder / "history.csv")))
     columns = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "lasso", "lr", "seconds"]
@@ -114,7 +114,7 @@ def test_weights_evaluate_to_the_figures_of_the_run(app, run):
 
 def test_best_is_the_best_of_the_most_closed(tmp_path):
     recipe = load_recipe(QUICKSTART)
-    record = RunFolder(tmp_path, recipe)
+    record = RunFolder(tmp_path, recipe, budget(build_model(recipe), (1, 8, 8)))
     names = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "lasso", "lr", "time"]
     epochs = [(0.9, 0.0), (0.8, 0.4), (0.7, 0.75), (0.75, 0.75), (0.75, 0.75), (0.6, 0.75)]
     best = []

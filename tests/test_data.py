@@ -8,7 +8,8 @@ import torch
 from fastai.torch_core import TensorImage
 from PIL import Image
 
-from dgc_fastai.data import RandomCropFlip, build_dataloaders, class_names, input_size
+from dgc_fastai.augment import RandomCropFlip
+from dgc_fastai.data import build_dataloaders, class_names, input_size
 from dgc_fastai.errors import RecipeError
 from dgc_fastai.recipe import Data
 

@@ -1,0 +1,112 @@
+"""One recipe, several values of some of its keys: a run for each combination, and one picture of them all."""
+
+import csv
+import io
+import itertools
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from .budget import budget
+from .compare import read_run
+from .data import input_size
+from .errors import RecipeError
+from .files import write_atomically
+from .learner import build_learner, build_model
+from .preflight import preflight
+from .recipe import Recipe, load_recipe
+from .run import train
+
+__all__ = ["combinations", "draw_sweep", "plan_sweep", "sweep"]
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values in overrides such as `model.gate_factor=0.25,0.5` or `model.growth=[4],[8]`."""
+    choices = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        values, depth = [""], 0
+        for sign in text:
+            depth += (sign in "[{") - (sign in "]}")
+            if sign == "," and depth == 0:
+                values.append("")
+            else:
+                values[-1] += sign
+        choices.append([f"{key}{equals}{value}" for value in values])
+    return [list(combination) for combination in itertools.product(*choices)]
+
+
+def plan_sweep(recipe: Path, overrides: Sequence[str]) -> tuple[Path, dict[str, Recipe]]:
+    """The folder of a sweep, not made yet, and by label the recipe of each of its runs.
+
+    Raises:
+        RecipeError: nothing is swept, or one of the combinations cannot be run.
+    """
+    chosen = combinations(overrides)
+    if len(chosen) < 2:
+        raise RecipeError("a sweep needs a key with several values, such as model.gate_factor=0.25,0.5,1")
+    first = load_recipe(recipe, chosen[0])
+    folder = first.runs / f"{first.name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    plans = {}
+    for combination in chosen:
+        # Only what differs makes the label.
+        swept = [part for part, *others in zip(combination, *chosen) if len(set(others)) > 1]
+        label = " ".join(re.sub(r"^\w+\.", "", part) for part in swept)
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{first.name}-{label.replace('=', '-')}")[:100].rstrip("-")
+        plans[label] = load_recipe(recipe, [*combination, f"name={name}", f"output={folder}"])
+        preflight(plans[label])
+        build_model(plans[label])
+    return folder, plans
+
+
+def sweep(folder: Path, plans: dict[str, Recipe], console: Console) -> list[Path]:
+    """Train every plan of `plan_sweep`, one after the other; `sweep.csv` and `sweep.png` grow with them.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the runs that are done, and the state of this one, are kept.
+    """
+    done: dict[str, Path] = {}
+    for number, (label, recipe) in enumerate(plans.items(), 1):
+        console.print(f"Run {number} of {len(plans)}: {label}", style="bold", highlight=False)
+        learn = build_learner(recipe)
+        done[label] = train(learn, recipe, budget(learn.model, input_size(recipe.data)), console)
+        rows = []
+        for name, run in done.items():
+            _, summary = read_run(run)
+            costs = {key: summary[key] for key in ("macs", "macs_dense", "operations", "parameters", "seconds")}
+            rows.append({"run": run.name, "label": name, "top_1": summary["best"]["top_1"], **costs})
+        table = io.StringIO()
+        writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(folder / "sweep.csv", table.getvalue())
+        write_atomically(folder / "sweep.png", draw_sweep(rows, folder.name))
+    return list(done.values())
+
+
+def draw_sweep(rows: Sequence[dict], title: str) -> bytes:
+    """A PNG of accuracy against multiply-accumulates, a point a run."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    macs, top_1 = [row["macs"] / 1e6 for row in rows], [100 * row["top_1"] for row in rows]
+    order = sorted(range(len(rows)), key=lambda number: macs[number])
+    axes.plot([macs[n] for n in order], [top_1[n] for n in order], color="0.8", zorder=1)
+    axes.scatter(macs, top_1, zorder=2)
+    for row, x, y in zip(rows, macs, top_1):
+        right = x > (min(macs) + max(macs)) / 2
+        axes.annotate(
+            row["label"], (x, y), xytext=(-6 if right else 6, 6), textcoords="offset points", fontsize="small",
+            ha="right" if right else "left",
+        )  # fmt: skip
+    axes.set_title(title)
+    axes.set_xlabel("multiply-accumulates of one image (millions)")
+    axes.set_ylabel("top-1 of the best epoch (%)")
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
