@@ -42,7 +42,7 @@ def show_comparison(console: Console, folders: Sequence[Path]) -> None:
     """
     runs = sorted(((folder, *read_run(folder)) for folder in folders), key=lambda run: -run[2]["best"]["top_1"])
     keys = sorted({key for _, recipe, _ in runs for key in differences(runs[0][1], recipe, ignore=("name", "output"))})
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=0)
     headings = [re.sub(r"[._]", r"\g<0>\n", key) for key in keys]
     headings += ["top-1\n%", "top-5\n%", "in-\nactive\n%", "MACs\nM", "of\ndense\n%", "params\nM", "epochs", "time"]
     for heading in ["run", *headings]:

@@ -191,19 +191,19 @@ class FileDL(EpochDL):
     Images that cannot be read are left out of their batch, which carries their names: see `Unreadable`.
     """
 
-    def create_item(self, index: Optional[int]):
+    def do_item(self, index: Optional[int]):
         if index is None:  # fastai asks for any item, to learn the types
             return next(item for item in map(self._try_item, range(self.n)) if item is not None)
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(self.item_seed + index)
         try:
-            return super().create_item(index)
+            return super().do_item(index)
         finally:
             torch.set_rng_state(state)
 
     def _try_item(self, index: int):
         try:
-            return super().create_item(index)
+            return self.do_item(index)
         except UnreadableImage:
             return None
 

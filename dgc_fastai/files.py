@@ -12,7 +12,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["only_one", "write_atomically"]
+__all__ = ["only_one", "remove_partial", "write_atomically"]
 
 
 def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None:
@@ -24,7 +24,7 @@ def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
     # In the same folder: a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with open(handle, "wb") as file:
             file.write(data)
@@ -37,6 +37,12 @@ def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)  # an interrupt can come just after the rename
         raise
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote to a folder have left there."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from .checkpoint import save_checkpoint
 from .data import class_names
 from .display import TrainingDisplay, draw_curves
 from .errors import Interrupted, RecipeError
-from .files import only_one, write_atomically
+from .files import only_one, remove_partial, write_atomically
 from .learner import fit
 from .loggers import logging_callbacks
 from .recipe import Recipe, differences, load_recipe
@@ -44,6 +44,7 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
     state = read_state(folder / "state.pt") if folder else None
     folder = folder or new_run_folder(recipe)
     with only_one(folder / "recipe.yaml"):
+        remove_partial(folder)
         record = RunFolder(folder, recipe, cost)
         if state:
             record.rows += state["rows"]

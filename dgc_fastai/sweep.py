@@ -90,18 +90,15 @@ def sweep(folder: Path, plans: dict[str, Recipe], console: Console) -> list[Path
 
 def draw_sweep(rows: Sequence[dict], title: str) -> bytes:
     """A PNG of accuracy against multiply-accumulates, a point a run."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    macs, top_1 = [row["macs"] / 1e6 for row in rows], [100 * row["top_1"] for row in rows]
-    order = sorted(range(len(rows)), key=lambda number: macs[number])
-    axes.plot([macs[n] for n in order], [top_1[n] for n in order], color="0.8", zorder=1)
-    axes.scatter(macs, top_1, zorder=2)
-    for row, x, y in zip(rows, macs, top_1):
-        right = x > (min(macs) + max(macs)) / 2
-        axes.annotate(
-            row["label"], (x, y), xytext=(-6 if right else 6, 6), textcoords="offset points", fontsize="small",
-            ha="right" if right else "left",
-        )  # fmt: skip
+    markers = itertools.cycle("os^Dv<>P*X")
+    for row, marker in zip(rows, markers):
+        axes.plot(row["macs"] / 1e6, 100 * row["top_1"], marker, markersize=8, label=row["label"])
+    dense = {row["macs_dense"] for row in rows}
+    if len(dense) == 1:
+        axes.axvline(dense.pop() / 1e6, color="0.6", linestyle="--", zorder=0, label="cost of the dense network")
+    figure.legend(loc="outside right upper", fontsize="small")
     axes.set_title(title)
     axes.set_xlabel("multiply-accumulates of one image (millions)")
     axes.set_ylabel("top-1 of the best epoch (%)")

@@ -1,0 +1,247 @@
+"""Runs that are stopped, or killed, and go on to the same bits."""
+
+import csv
+import io
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from golden import equal_states
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from test_data import write_imagenet
+
+from dgc_fastai import budget, build_learner, load_recipe
+from dgc_fastai.data import input_size
+from dgc_fastai.errors import CheckpointError, Interrupted
+from dgc_fastai.files import only_one
+from dgc_fastai.resume import read_state
+from dgc_fastai.run import interrupted_run, train
+
+QUICKSTART = Path(__file__).parents[1] / "recipes/quickstart.yaml"
+TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
+
+
+class StopAt(Callback):
+    """What a signal during that batch does."""
+
+    order = 79
+
+    def __init__(self, epoch, batch, training=True):
+        self.place = epoch, batch, training
+
+    def after_batch(self):
+        if (self.epoch, self.iter, self.training) == self.place:
+            self.snapshots.stop = signal.SIGTERM
+
+
+def start(overrides, resume=False, callback=None):
+    """Train a recipe in this process: the run folder, or None if it was stopped, and the learner."""
+    recipe = load_recipe(QUICKSTART, [*TINY, *overrides])
+    learn = build_learner(recipe)
+    cost = budget(learn.model, input_size(recipe.data))
+    folder = interrupted_run(recipe)[0] if resume else None
+    assert folder or not resume
+    learn.add_cbs([callback] if callback else [])
+    try:
+        return train(learn, recipe, cost, Console(file=io.StringIO()), folder), learn
+    except Interrupted:
+        return None, learn
+
+
+def history(folder):
+    return [{**row, "seconds": None} for row in csv.DictReader(open(folder / "history.csv"))]
+
+
+def same_run(first, second):
+    assert history(first) == history(second)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert equal_states(load_file(first / name), load_file(second / name)), name
+    assert sorted(path.name for path in second.iterdir()) == sorted(path.name for path in first.iterdir())
+    return True
+
+
+EVERYTHING = [
+    "train.ema=0.9", "train.accumulate=3", "train.clip=1.0", "train.mixup=0.2", "train.cutmix=1.0",
+    "train.label_smoothing=0.1", "train.optimizer=sgd", "train.lr=0.05", "train.schedule=multistep",
+    "train.warmup=0.5", "train.decay_norms=false", "model.drop_rate=0.2", "log.keep_every=2",
+    "data.augment=[crop_flip, trivial_augment, random_erasing]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [[], EVERYTHING], ids=["plain", "everything"])
+def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, overrides):
+    whole, _ = start([*overrides, f"output={tmp_path}/whole"])
+    # After the first step; within the validation; at the last batch of an epoch; within the next.
+    places = [StopAt(0, 0), StopAt(0, 1, training=False), StopAt(1, 4), StopAt(2, 2)]
+    for number, place in enumerate(places):
+        folder, learn = start([*overrides, f"output={tmp_path}/parts"], resume=number > 0, callback=place)
+        assert folder is None
+        (path,) = (tmp_path / "parts").glob("*/state.pt")
+        state = read_state(path)
+        epoch, batch, training = place.place
+        assert (state["epoch"], state["batch"]) == (epoch, batch + 1 if training else 5)
+    parts, learn = start([*overrides, f"output={tmp_path}/parts"], resume=True)
+    assert same_run(whole, parts)
+    # Whoever goes on with the learner has the weights that were reported.
+    assert equal_states(learn.model.state_dict(), load_file(parts / "last.safetensors"))
+
+
+def test_image_files_too_and_whatever_the_number_of_workers(tmp_path):
+    write_imagenet(tmp_path / "images")
+    overrides = [
+        "data.name=folder", f"data.path={tmp_path}/images", "data.size=16", "data.batch_size=5", "train.epochs=2",
+        "data.augment=[crop_flip, rand_augment, random_erasing]",
+    ]  # fmt: skip
+    whole, _ = start([*overrides, f"output={tmp_path}/whole"])
+    folder, _ = start([*overrides, f"output={tmp_path}/parts", "data.workers=2"], callback=StopAt(1, 0))
+    assert folder is None
+    parts, _ = start([*overrides, f"output={tmp_path}/parts", "data.workers=2"], resume=True)
+    assert same_run(whole, parts)
+
+
+def test_two_runs_of_a_recipe_are_the_same_and_its_resolved_form_reruns_it(tmp_path):
+    first, _ = start([f"output={tmp_path}/first", "model.drop_rate=0.1"])
+    recipe = load_recipe(first / "recipe.yaml", [f"output={tmp_path}/second"])
+    learn = build_learner(recipe)
+    second = train(learn, recipe, budget(learn.model, (1, 8, 8)), Console(file=io.StringIO()))
+    assert same_run(first, second)
+    third, _ = start([f"output={tmp_path}/third", "model.drop_rate=0.1", "train.seed=1"])
+    assert not equal_states(load_file(first / "last.safetensors"), load_file(third / "last.safetensors"))
+
+
+# Killed ---------------------------------------------------------------------------------------------------
+
+EPOCHS = 16
+KILLED = ["train.ema=0.9", f"train.epochs={EPOCHS}", "data.augment=[crop_flip, random_erasing]"]
+
+
+class Tell(Callback):
+    def __init__(self, event):
+        self.event = event
+
+    def before_train(self):
+        self.event.set()
+
+
+def child(output, training, kill_at_write):
+    """Start or go on with a run; SIGKILL this process at its nth write, with half of the file written."""
+    writes, fsync = 0, os.fsync
+
+    def fsync_or_die(handle):
+        nonlocal writes
+        writes += 1
+        if writes == kill_at_write:
+            os.ftruncate(handle, os.fstat(handle).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(handle)
+
+    os.fsync = fsync_or_die
+    resume = bool(list(output.glob("*/state.pt")))
+    start([*KILLED, f"output={output}"], resume, Tell(training))
+
+
+def whole_files(folder):
+    """Read every file of a run folder that is there for people or for a resumption."""
+    for path in folder.glob("[!.]*"):
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".pt":
+            read_state(path)
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".csv":
+            assert [row["epoch"] for row in history(folder)] == [str(n + 1) for n in range(len(history(folder)))]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills as POSIX does")
+def test_a_run_killed_at_ten_moments_ends_in_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the server finds this file
+    # Children are forked from a server that has imported everything and computed nothing: no child waits for torch.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo", "matplotlib.backends.backend_agg"])
+
+    def run(output, kill_at_write=0, kill_after=None):
+        training = context.Event()
+        process = context.Process(target=child, args=(output, training, kill_at_write))
+        process.start()
+        if kill_after is not None:
+            assert training.wait(120)
+            process.join(kill_after)
+            process.kill()
+        process.join(120)
+        return process.exitcode
+
+    assert run(tmp_path / "whole") == 0
+    (whole,) = (tmp_path / "whole").iterdir()
+    epoch = sum(float(row["seconds"]) for row in csv.DictReader(open(whole / "history.csv"))) / EPOCHS
+    chance = random.Random(0)
+    # Five within a file, of some six an epoch; five at any time. Together they cannot reach the end of the run.
+    moments = [dict(kill_at_write=chance.randint(3, 9)) for _ in range(5)]
+    moments += [dict(kill_after=chance.uniform(0, 1.5 * epoch)) for _ in range(5)]
+    chance.shuffle(moments)
+    for moment in moments:
+        assert run(tmp_path / "parts", **moment) == -signal.SIGKILL
+        (folder,) = (tmp_path / "parts").iterdir()
+        whole_files(folder)
+    assert 0 < read_state(folder / "state.pt")["epoch"] < EPOCHS
+    assert run(tmp_path / "parts") == 0
+    assert same_run(whole, folder)
+
+
+# Which run ------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_interrupted_run_of_the_recipe_is_found(tmp_path):
+    output = f"output={tmp_path}"
+    recipe = load_recipe(QUICKSTART, [*TINY, output])
+    folder, told = interrupted_run(recipe)
+    assert folder is None and told == f"No interrupted run of this recipe below {tmp_path}: starting one."
+    start([output, "train.seed=7"], callback=StopAt(0, 0))
+    folder, told = interrupted_run(recipe)
+    assert folder is None and "was interrupted, too, but differs in train.seed" in told
+    start([output], callback=StopAt(0, 0))
+    start([output], callback=StopAt(0, 1))
+    states = {path.parent: read_state(path) for path in tmp_path.glob("*/state.pt")}
+    folder, _ = interrupted_run(recipe)
+    assert len(states) == 3 and states[folder]["batch"] == 2
+    # Where and what is logged is no difference; what is going on in another process is not interrupted.
+    assert interrupted_run(load_recipe(QUICKSTART, [*TINY, output, "log.print_every=3"]))[0] == folder
+    with only_one(folder / "recipe.yaml"):
+        older, _ = interrupted_run(recipe)
+        assert states[older]["batch"] == 1
+        with only_one(older / "recipe.yaml"):
+            none, told = interrupted_run(recipe)
+            assert none is None and "is going on in another process" in told
+    done, _ = start([output], resume=True)
+    assert done == folder and interrupted_run(recipe)[0] == older
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    start([f"output={tmp_path}"], callback=StopAt(0, 0))
+    (path,) = tmp_path.glob("*/state.pt")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"hello"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="state.pt: cannot go on from it"):
+            start([f"output={tmp_path}"], resume=True)
+    torch.save({"format": 0}, path)
+    with pytest.raises(CheckpointError, match="not a state that this version wrote"):
+        read_state(path)
+    torch.save({"format": 1, "code": Path}, path)
+    with pytest.raises(CheckpointError, match="cannot go on from it"):
+        read_state(path)
+
+
+def test_every_nth_epoch_is_kept(tmp_path):
+    folder, _ = start([f"output={tmp_path}", "log.keep_every=2", "train.epochs=5"])
+    assert [path.name for path in sorted(folder.glob("epoch_*"))] == ["epoch_0002.safetensors", "epoch_0004.safetensors"]
+    kept = load_file(folder / "epoch_0004.safetensors")
+    assert kept.keys() == load_file(folder / "last.safetensors").keys()
