@@ -138,7 +138,10 @@ def predict(
         from dgc_fastai.trained import predict as classify
 
         trained = load_trained(weights)
-    found = list(track(classify(trained, images), "classifying", len(images), console=errors, transient=True))
+    answers = classify(trained, images)
+    found = list(
+        track(answers, "classifying", len(images), console=errors, transient=True, disable=not errors.is_terminal)
+    )
     if as_json:
         answers = [
             {"image": str(path), "predictions": [{"class": name, "probability": p} for name, p in classes[:top]]}
@@ -148,12 +151,12 @@ def predict(
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("image", overflow="fold")
-    for number in range(1, min(top, len(trained.classes)) + 1):
-        table.add_column(f"class {number}" if top > 1 else "class", overflow="fold")
-        table.add_column("probability", justify="right")
+    for number in range(min(top, len(trained.classes))):
+        table.add_column(f"{number + 1}", overflow="fold")
     for path, classes in zip(images, found):
-        cells = (cell for name, probability in classes[:top] for cell in (name, f"{100 * probability:.2f} %"))
-        table.add_row(str(path), *cells)
+        table.add_row(
+            escape(str(path)), *(f"{escape(name)} [dim]{100 * share:.2f} %[/]" for name, share in classes[:top])
+        )
     console.print(table)
 
 

@@ -41,7 +41,7 @@ STATISTICS = {
     "folder": IMAGENET,
 }
 FILES = "imagenet", "folder"
-MOST_BYTES = 8 * 2**30  # of a small set, resized
+MOST_BYTES = 4 * 2**30  # of a small set, resized
 
 
 def build_dataloaders(data: Data, device: torch.device) -> DataLoaders:
@@ -155,8 +155,11 @@ def _normalize(data: Data) -> Normalize:
 def _resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
-    resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-    return resized.round().clamp(0, 255).byte()
+    parts = (
+        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+        for part in images.split(256)  # in floats all of them are four times as large
+    )
+    return torch.cat(list(parts))
 
 
 # Image files ----------------------------------------------------------------------------------------------
@@ -246,10 +249,13 @@ class Unreadable(ItemTransform):
 def _file_loaders(data: Data, device: torch.device) -> DataLoaders:
     files = _image_files(data)
     numbers = range(len(files[0])), range(len(files[0]), len(files[0]) + len(files[1]))
+    categorize = Categorize(vocab=class_names(data), sort=False)
+    categorize.setups(None)
     datasets = Datasets(
         files[0] + files[1],
-        tfms=[[_open_image], [parent_label, Categorize(vocab=class_names(data), sort=False)]],
+        tfms=[[_open_image], [parent_label, categorize]],
         splits=[list(split) for split in numbers],
+        do_setup=False,  # it would open the first image, and that may be unreadable
     )
     transforms = [ImageTransform(training_transform(data), 0), ImageTransform(evaluation_transform(data), 1)]
     erasing = [RandomErasing()] if "random_erasing" in data.augment else []

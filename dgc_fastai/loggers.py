@@ -28,8 +28,14 @@ def logging_callbacks(recipe: Recipe, folder: Path) -> list[Callback]:
 def _tensorboard(recipe: Recipe, folder: Path) -> Callback:
     from fastai.callback.tensorboard import TensorBoardCallback
 
+    class TensorBoard(TensorBoardCallback):
+        def after_batch(self):  # fastai's wants every setting of the optimiser to be a number
+            if self.training:
+                self.writer.add_scalar("train_loss", self.smooth_loss, self.train_iter)
+                self.writer.add_scalar("lr", self.opt.hypers[-1]["lr"], self.train_iter)
+
     # Neither a trace of the network nor pictures: both run it once more, which moves norms and random numbers.
-    return TensorBoardCallback(folder / "tensorboard", trace_model=False, log_preds=False)
+    return TensorBoard(folder / "tensorboard", trace_model=False, log_preds=False)
 
 
 def _wandb(recipe: Recipe, folder: Path) -> Callback:
@@ -37,6 +43,11 @@ def _wandb(recipe: Recipe, folder: Path) -> Callback:
     from fastai.callback.wandb import WandbCallback
 
     class Wandb(WandbCallback):
+        def before_fit(self):
+            self.learn.gather_args = dict  # the recipe is logged; fastai's list of arguments breaks at paths
+            super().before_fit()
+            del self.learn.gather_args
+
         def after_fit(self):
             super().after_fit()
             wandb.finish()  # the next run of a sweep is another one

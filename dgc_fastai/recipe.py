@@ -188,7 +188,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults written out; loading it gives an equal recipe."""
-        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, default_flow_style=None, width=70)
+        return yaml.dump(self.model_dump(exclude_none=True), Dumper=_Dumper, sort_keys=False)
 
 
 def load_recipe(path: Union[str, Path], overrides: Iterable[str] = ()) -> Recipe:
@@ -252,10 +252,30 @@ _Loader.add_implicit_resolver(
 
 
 def _to_json(content: dict, where: str) -> str:
+    if _size(content, {}) > 100_000:
+        raise RecipeError(f"{where}: not a recipe: its anchors stand for more than a recipe can hold")
     try:
         return json.dumps(content, default=str)
     except (TypeError, ValueError, RecursionError) as error:  # an anchor inside itself, a list as a key
         raise RecipeError(f"{where}: not a recipe: {error}") from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """A key a line, a list in one."""
+
+    def represent_sequence(self, tag: str, sequence: Iterable, flow_style: Optional[bool] = None) -> yaml.Node:
+        return super().represent_sequence(tag, sequence, flow_style=True)
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values there are when every anchor is written out; a few lines can stand for billions."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0  # an anchor inside itself is told of by whoever writes it out
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _parse(text: str, where: str) -> tuple[Any, Optional[yaml.Node]]:
@@ -317,7 +337,7 @@ def _override(content: dict, lines: dict[tuple, str], override: str) -> None:
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +109,8 @@ def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:
 
 
 class RunFolder(Callback):
-    """Keeps a run's folder up to date: after every epoch its history, curves, summary, last and best weights.
+    """Keeps a run's folder up to date: after every epoch its history, summary, last and best weights; its curves
+    at times, and at the end.
 
     The best weights are those of the highest top-1 among the epochs with the most channels inactive: a
     network whose gates are still open is another, dearer one.
@@ -126,6 +128,7 @@ class RunFolder(Callback):
         self.rows: list[dict[str, Any]] = []
         self.best = (-1.0, -1.0)
         self.started = time.monotonic()
+        self.drawn, self.drawing = -math.inf, 0.0
         classes = json.dumps(class_names(recipe.data))
         self.metadata = {"recipe": recipe.to_yaml(), "classes": classes, "format": "pt"}
         self.summary = {
@@ -150,7 +153,8 @@ class RunFolder(Callback):
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.folder / "history.csv", table.getvalue())
-        write_atomically(self.folder / "curves.png", draw_curves(self.rows, self.recipe.name))
+        if time.monotonic() - self.drawn > 20 * self.drawing:  # short epochs are not to wait for pictures
+            self._draw()
         average = getattr(self, "average_weights", None)
         network = average.averaged if average else self.model
         score = (row["inactive"], row["top_1"])
@@ -169,3 +173,12 @@ class RunFolder(Callback):
             last=row,
         )
         write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+
+    def after_fit(self):
+        if self.rows:
+            self._draw()
+
+    def _draw(self) -> None:
+        began = time.monotonic()
+        write_atomically(self.folder / "curves.png", draw_curves(self.rows, self.recipe.name))
+        self.drawn, self.drawing = time.monotonic(), time.monotonic() - began

@@ -1,16 +1,17 @@
-"""Data: the augmentation, and the on-disk formats, written here."""
+"""Data: the formats on disk, written here, and the loaders."""
 
+import gzip
+import logging
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from fastai.torch_core import TensorImage
 from PIL import Image
 
-from dgc_fastai.augment import RandomCropFlip
-from dgc_fastai.data import build_dataloaders, class_names, input_size
+from dgc_fastai.data import build_dataloaders, class_names, input_size, read_image
 from dgc_fastai.errors import RecipeError
+from dgc_fastai.preflight import check_data as preflight
 from dgc_fastai.recipe import Data
 
 CPU = torch.device("cpu")
@@ -71,6 +72,24 @@ def write_imagenet(folder, classes=("n01", "n02", "n03"), train=4, valid=2):
     return folder
 
 
+def write_fashion_mnist(folder, packed=False, n=30):
+    """Fashion-MNIST's four idx files with random images, and what is in them."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {}
+    for part in ("train", "t10k"):
+        images, labels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), rng.integers(0, 10, n, dtype=np.uint8)
+        content[part] = images, labels
+        for name, values in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            path = folder / f"{part}-{name}-ubyte"
+            if packed:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(head + values.tobytes()))
+            else:
+                path.write_bytes(head + values.tobytes())
+    return content
+
+
 @pytest.mark.parametrize("binary", [False, True], ids=["python", "binary"])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 @pytest.mark.parametrize("inside", [False, True], ids=["above", "inside"])
@@ -99,26 +118,6 @@ def test_every_training_image_comes_once_an_epoch_and_in_another_order(tmp_path)
     ((_, first),), ((_, second),) = list(dls.train), list(dls.train)
     assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(dls.train_ds.labels.tolist())
     assert first.tolist() != second.tolist()
-
-
-def test_random_crop_and_flip_against_slicing():
-    crop = RandomCropFlip(padding=4, flip=True)
-    x = TensorImage(torch.randint(1, 256, (64, 3, 8, 8), dtype=torch.uint8))
-    y = crop.encodes(x)
-    padded = torch.nn.functional.pad(x.as_subclass(torch.Tensor), [4] * 4)
-    found = []
-    for image, result in zip(padded, y):
-        windows = {
-            (row, column, flipped): image[:, row : row + 8, column : column + 8].flip(2) if flipped
-            else image[:, row : row + 8, column : column + 8]
-            for row in range(9) for column in range(9) for flipped in (False, True)
-        }  # fmt: skip
-        found.append(next(place for place, window in windows.items() if torch.equal(window, result)))
-    rows, columns, flips = zip(*found)
-    assert len(set(rows)) == len(set(columns)) == 9 and 15 < sum(flips) < 49
-    assert y.dtype == torch.uint8 and type(y) is TensorImage
-    still = RandomCropFlip(padding=0, flip=False)
-    assert torch.equal(still.encodes(x), x)
 
 
 def test_digits_are_real_and_held_out():
@@ -164,14 +163,16 @@ def test_imagenet_s_layout(tmp_path):
     assert first.shape == (5, 3, 32, 32) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "imagenet"])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10", "cifar100", "imagenet", "folder"])
 def test_batches_can_be_shown(tmp_path, name):
     import matplotlib
 
     matplotlib.use("Agg")
-    if name == "cifar10":
+    if name.startswith("cifar"):
         write_cifar(tmp_path, name)
-    elif name == "imagenet":
+    elif name == "fashion_mnist":
+        write_fashion_mnist(tmp_path)
+    elif name != "digits":
         write_imagenet(tmp_path)
     path = None if name == "digits" else str(tmp_path)
     dls = build_dataloaders(Data(name=name, path=path, size=32, batch_size=6), CPU)
@@ -230,3 +231,195 @@ def test_a_class_without_images_is_named(tmp_path):
         file.unlink()
     with pytest.raises(RecipeError, match="n02"):
         build_dataloaders(Data(name="imagenet", path=str(tmp_path)), CPU)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("below", [".", "FashionMNIST/raw"], ids=["debian", "torchvision"])
+def test_fashion_mnist_s_files(tmp_path, packed, below):
+    content = write_fashion_mnist(tmp_path / below, packed)
+    data = Data(name="fashion_mnist", path=str(tmp_path), batch_size=20)
+    dls = build_dataloaders(data, CPU)
+    assert input_size(data) == (1, 28, 28) and class_names(data)[9] == "Ankle boot"
+    images, labels = content["t10k"]
+    x, y = map(torch.cat, zip(*dls.valid))
+    expected = (torch.from_numpy(images).unsqueeze(1) / 255 - 0.2860) / 0.3530
+    torch.testing.assert_close(x.as_subclass(torch.Tensor), expected)
+    assert y.tolist() == labels.tolist()
+    assert sorted(dls.train_ds.labels.tolist()) == sorted(content["train"][1].tolist())
+
+
+def test_torchvision_reads_the_same_of_fashion_mnist(tmp_path):
+    from torchvision.datasets import FashionMNIST
+
+    write_fashion_mnist(tmp_path / "FashionMNIST/raw")
+    theirs = FashionMNIST(tmp_path, train=False)
+    ours = build_dataloaders(Data(name="fashion_mnist", path=str(tmp_path)), CPU).valid_ds
+    assert torch.equal(ours.images[:, 0], theirs.data) and torch.equal(ours.labels, theirs.targets)
+    assert class_names(Data(name="fashion_mnist", path=str(tmp_path))) == FashionMNIST.classes
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_damaged_idx_files_are_named(tmp_path, packed):
+    write_fashion_mnist(tmp_path, packed)
+    file = tmp_path / ("t10k-images-idx3-ubyte" + (".gz" if packed else ""))
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:3], whole[:10], whole[:-1], b"hello" + whole, whole[: len(whole) // 2]):
+        file.write_bytes(damaged)
+        with pytest.raises(RecipeError, match="t10k-images-idx3-ubyte.* is damaged"):
+            build_dataloaders(Data(name="fashion_mnist", path=str(tmp_path)), CPU)
+    file.unlink()
+    with pytest.raises(RecipeError, match="dataset-fashion-mnist"):
+        build_dataloaders(Data(name="fashion_mnist", path=str(tmp_path)), CPU)
+
+
+def test_a_small_set_lives_on_the_device_and_must_fit(tmp_path):
+    write_fashion_mnist(tmp_path)
+    dls = build_dataloaders(Data(name="fashion_mnist", path=str(tmp_path)), torch.device("meta"))
+    assert dls.train_ds.images.device.type == dls.valid_ds.labels.device.type == "meta"
+    with pytest.raises(RecipeError, match="data.size: 4096 px make digits 28 GiB"):
+        build_dataloaders(Data(name="digits", size=4096), CPU)
+
+
+# A folder of one's own --------------------------------------------------------------------------------------
+
+
+def folder_data(path, **kwargs):
+    return Data(name="folder", path=str(path), **{"size": 16, "batch_size": 4, **kwargs})
+
+
+@pytest.mark.parametrize("valid", ["val", "valid", "validation", "test"])
+def test_a_folder_with_validation_images(tmp_path, valid):
+    write_imagenet(tmp_path, classes=("cat", "dog"))
+    (tmp_path / "val").rename(tmp_path / valid)
+    dls = build_dataloaders(folder_data(tmp_path), CPU)
+    assert class_names(folder_data(tmp_path)) == ["cat", "dog"]
+    assert (len(dls.train_ds), len(dls.valid_ds)) == (8, 4)
+    x, y = dls.valid.one_batch()
+    assert x.shape == (4, 3, 16, 16) and y.tolist() == [0, 0, 1, 1]
+    with pytest.raises(RecipeError, match="leave valid_share out"):
+        preflight(folder_data(tmp_path, valid_share=0.5))
+
+
+def test_a_folder_without_holds_out_the_same_share_of_each_class(tmp_path):
+    write_imagenet(tmp_path, classes=("cat", "dog"), train=10, valid=1)
+    pictures = tmp_path / "train"
+    splits = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        dls = build_dataloaders(folder_data(pictures, valid_share=0.3), CPU)
+        splits.append((list(dls.train_ds.items), list(dls.valid_ds.items)))
+    assert splits[0] == splits[1] and not set(splits[0][0]) & set(splits[0][1])
+    assert [path.parent.name for path in splits[0][1]].count("cat") == 3 == len(splits[0][1]) / 2
+    assert len(build_dataloaders(folder_data(pictures), CPU).valid_ds) == 4  # a fifth by default
+    with pytest.raises(RecipeError, match="data.valid_share: cannot hold out"):
+        build_dataloaders(folder_data(pictures, valid_share=0.01), CPU)
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:200])
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_named_and_stop_the_run(tmp_path, workers):
+    write_imagenet(tmp_path)
+    bad = damage(tmp_path / "train/n02/n02_1.JPEG")
+    dls = build_dataloaders(folder_data(tmp_path, workers=workers), CPU)
+    with pytest.raises(RecipeError) as error:
+        list(dls.train)
+    assert str(bad) in str(error.value) and "data.unreadable=skip" in str(error.value)
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_named_once_and_skipped(tmp_path, workers, caplog):
+    write_imagenet(tmp_path)
+    bad = [
+        damage(tmp_path / "train/n01/n01_0.JPEG"),
+        tmp_path / "val/n01/n01_1.JPEG",
+        tmp_path / "train/n03/n03_2.JPEG",
+    ]
+    bad[1].write_text("no image")
+    bad[2].write_bytes(b"")
+    dls = build_dataloaders(folder_data(tmp_path, workers=workers, unreadable="skip"), CPU)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert sum(len(x) for x, _ in dls.train) == 10 and sum(len(x) for x, _ in dls.valid) == 5
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 3 and all(
+        any(f"skipped the unreadable image {path}: " in line for line in told) for path in bad
+    )
+    x, y = dls.train.one_batch()
+    assert len(x) == len(y)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    dls.train.show_batch(max_n=2)  # asks for the first item, which is unreadable
+    matplotlib.pyplot.close("all")
+
+
+def test_a_batch_without_one_readable_image_stops_the_run_all_the_same(tmp_path):
+    write_imagenet(tmp_path, classes=("cat", "dog"), train=2)
+    for path in tmp_path.glob("train/*/*"):
+        path.write_bytes(b"")
+    dls = build_dataloaders(folder_data(tmp_path, unreadable="skip"), CPU)
+    with pytest.raises(RecipeError, match="cannot read the image .*; mend or remove it$"):
+        list(dls.train)
+
+
+# An epoch again ---------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_can_be_entered_at_any_batch(tmp_path):
+    write_imagenet(tmp_path)
+    for data in (folder_data(tmp_path, augment=["crop_flip", "rand_augment"]), Data(name="digits", batch_size=300)):
+        dl = build_dataloaders(data, CPU).train
+        dl.set_epoch(seed=3, epoch=5)
+        labels = [y.tolist() for _, y in dl]
+        dl.set_epoch(seed=3, epoch=5, skip=1)
+        assert [y.tolist() for _, y in dl] == labels[1:]
+        assert len(dl) == len(labels)
+        dl.set_epoch(seed=3, epoch=5, skip=len(labels))
+        assert list(dl) == []
+        for other in (dict(seed=3, epoch=6), dict(seed=4, epoch=5)):
+            dl.set_epoch(**other)
+            assert [y.tolist() for _, y in dl] != labels
+
+
+def test_image_files_are_augmented_alike_whatever_the_workers_and_the_place_of_entry(tmp_path):
+    write_imagenet(tmp_path)
+    epochs = []
+    for workers, skip in ((0, 0), (1, 0), (2, 1)):
+        dl = build_dataloaders(
+            folder_data(tmp_path, workers=workers, augment=["crop_flip", "trivial_augment"]), CPU
+        ).train
+        torch.manual_seed(workers)  # nor does it matter what was drawn before
+        dl.set_epoch(seed=0, epoch=1, skip=skip)
+        before = torch.get_rng_state()
+        epochs.append([x for x, _ in dl])
+        assert torch.equal(torch.get_rng_state(), before)
+    for first, second in zip(epochs[0], epochs[1]):
+        assert torch.equal(first, second)
+    assert torch.equal(epochs[2][0], epochs[0][1])
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10", "folder"])
+def test_an_image_file_is_seen_as_in_validation(tmp_path, name):
+    path = {"path": None if name == "digits" else str(tmp_path / "data")}
+    if name == "folder":
+        write_imagenet(tmp_path / "data")
+        data = Data(name=name, **path, size=32)
+        dls = build_dataloaders(data, CPU)
+        file = dls.valid_ds.items[0]
+    else:
+        if name == "cifar10":
+            write_cifar(tmp_path / "data", name)
+        elif name == "fashion_mnist":
+            write_fashion_mnist(tmp_path / "data")
+        data = Data(name=name, **path)
+        dls = build_dataloaders(data, CPU)
+        file = tmp_path / "0.png"
+        image = dls.valid_ds.images[0]
+        Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()).save(file)
+    expected = dls.valid.one_batch()[0][0]
+    torch.testing.assert_close(read_image(file, data), expected.as_subclass(torch.Tensor))

@@ -11,7 +11,7 @@ import timm
 import dgc_fastai  # noqa: F401
 from dgc_fastai.errors import RecipeError
 from dgc_fastai.preflight import preflight
-from dgc_fastai.recipe import ARCHITECTURES, GATES, load_recipe
+from dgc_fastai.recipe import ARCHITECTURES, GATES, differences, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -68,8 +68,10 @@ def test_published_experiments(name):
     assert (recipe.train.epochs, recipe.data.batch_size, recipe.data.name) == (epochs, batch, data)
     train = recipe.train.model_dump(exclude={"epochs", "seed", "precision"})
     assert train == dict(
-        optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, schedule="cosine", lasso=1e-5
+        optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="cosine", warmup=0,
+        lasso=1e-5, label_smoothing=0, mixup=0, cutmix=0, clip=None, accumulate=1, ema=None,
     )  # fmt: skip
+    assert recipe.data.augment == ["crop_flip"]
     assert recipe.data.image_size == (224 if data == "imagenet" else 32)
     assert all(error in path.read_text() for error in errors)
 
@@ -92,6 +94,18 @@ def test_the_resolved_recipe_is_whole_and_loads_as_the_same(recipe, tmp_path):
     assert load_recipe(tmp_path / "again.yaml") == first
     for key in ("weight_decay", "lasso", "schedule", "batch_size", "device", "output"):
         assert key in first.to_yaml()
+
+
+def test_warm_up_and_one_cycle_exclude_each_other(recipe):
+    assert "leave warmup out" in refusal(recipe, "train.schedule=one_cycle", "train.warmup=0.5")
+
+
+def test_differences_name_keys(recipe):
+    first = load_recipe(recipe)
+    second = load_recipe(recipe, ["train.lr=1", "model.heads=2", "output=elsewhere", "log.keep_every=3", "name=other"])
+    assert differences(first, first) == []
+    assert differences(first, second) == ["log.keep_every", "model.heads", "name", "output", "train.lr"]
+    assert differences(first, second, ignore=("log", "name", "output")) == ["model.heads", "train.lr"]
 
 
 def test_overrides_take_yaml_values(recipe):
@@ -122,9 +136,18 @@ def test_overrides_take_yaml_values(recipe):
         ("model.arch=dgc_densenet68", "model.arch: no network 'dgc_densenet68'; did you mean 'dgc_densenet86'?"),
         ("model.arch=dgc_resnet18", "dgc_resnet18 has no keyword growth, stages"),
         ("model.growth=8", "model.growth: input should be a valid array, not 8"),
-        ("data.name=mnist", "data.name: input should be 'digits', 'cifar10', 'cifar100' or 'imagenet', not \"mnist\""),
+        ("data.name=mnist", "'cifar100', 'imagenet' or 'folder', not \"mnist\""),
         ("data.name=imagenet", "imagenet needs path"),
         ("data.path=/tmp", "leave path out"),
+        ("data.name=folder", "folder needs path"),
+        ("data.valid_share=0.5", "leave valid_share out"),
+        ("data.augment=[crop]", "data.augment.0: input should be 'crop_flip', 'rand_augment'"),
+        ("data.augment=[crop_flip, crop_flip]", "augment names something twice"),
+        ("train.warmup=1", "warmup takes 1 of 1 epochs"),
+        ("train.LR=1", "train.LR: unknown key; did you mean 'lr'?"),
+        ("train.optimizer=a b", "train.optimizer: use letters, digits"),
+        ("log.loggers=[tensorbord]", "log.loggers.0: input should be 'tensorboard', 'wandb' or 'trackio'"),
+        ("log.keep=2", "log.keep: unknown key; did you mean 'keep_every'?"),
         ("name=a/b", "name: use letters, digits"),
         ("device=tpu", "device: no such device: 'tpu'"),
         ("train=3", "train: input should be an object"),
@@ -193,7 +216,7 @@ def test_preflight_finds_what_is_missing_and_writes_nothing(recipe, tmp_path, mo
     preflight(load_recipe(recipe))
     assert "there is no folder nowhere" in preflight_refusal(recipe, "data.name=cifar10", "data.path=nowhere")
     assert "cifar-10-batches-py" in preflight_refusal(recipe, "data.name=cifar10", "data.path=.")
-    assert "ImageNet has train/ and val/" in preflight_refusal(recipe, "data.name=imagenet", "data.path=.")
+    assert "below train/ and val/" in preflight_refusal(recipe, "data.name=imagenet", "data.path=.")
     for folder in ("i/train/a", "i/train/b", "i/val/a"):
         (tmp_path / folder).mkdir(parents=True)
     imagenet = "data.name=imagenet", "data.path=i"
@@ -214,6 +237,13 @@ def test_preflight_asks_the_driver_for_devices(recipe, monkeypatch):
     assert "there are 2 GPUs" in preflight_refusal(recipe, "device=cuda:2")
     preflight(load_recipe(recipe, ["device=cuda:1", "train.precision=bf16"]))
     assert "needs a CUDA device" in preflight_refusal(recipe, "device=cpu", "train.precision=fp16")
+
+
+def test_preflight_asks_for_loggers_without_importing_them(recipe, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
+    preflight(load_recipe(recipe, ["log.loggers=[trackio, tensorboard]"]))
+    answer = preflight_refusal(recipe, "log.loggers=[trackio, wandb]")
+    assert answer == "log.loggers: wandb is not installed; try pip install wandb"
 
 
 def test_recipes_are_read_without_torch():
