@@ -6,10 +6,11 @@ file by file.
 
 import logging
 import random
+import signal
 from pathlib import Path
 from typing import Optional
 
-import fastai.vision.data  # noqa: F401  (teaches show_batch and show_results to lay out images)
+import fastai.vision.learner  # noqa: F401  (teaches show_batch and show_results to lay out images)
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
@@ -82,6 +83,11 @@ class EpochDL(TfmdDL):
     def set_epoch(self, seed: int, epoch: int, skip: int = 0) -> None:
         """Let the next iteration be that of an epoch of a run, from the batch after the first `skip`."""
         self.rng, self.skip = random.Random(f"{seed} {epoch}"), skip
+
+    def wif(self):
+        # In a worker. A terminal or a scheduler signals the whole group, and the main process is to save first.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
     def randomize(self):
         super().randomize()

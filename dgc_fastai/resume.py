@@ -133,21 +133,20 @@ class Snapshots(Callback):
         learn.opt.opt.load_state_dict(state["optimizer"])
         if state["batch"]:  # fastai has set it for the beginning of an epoch
             learn.pct_train = state["done"]
-            learn.anneal_gates.steps, learn.anneal_gates.penalty = (
-                state["penalty"][0],
-                torch.tensor(state["penalty"][1]),
-            )
+            learn.anneal_gates.steps, penalty = state["penalty"]
+            learn.anneal_gates.penalty = torch.tensor(penalty)
             self.record.started = time.monotonic() - state["elapsed"]
         learn.train_iter = state["steps"]
-        loss.count, loss.val = state["loss"][0], torch.tensor(state["loss"][1])
+        loss.count, value = state["loss"]
+        loss.val = torch.tensor(value)
         if "average" in state:
-            learn.average_weights.updates = state["average"][0]
-            learn.average_weights.averaged.load_state_dict(state["average"][1])
+            learn.average_weights.updates, average = state["average"]
+            learn.average_weights.averaged.load_state_dict(average)
         if "scaler" in state:
             learn.scaler.load_state_dict(state["scaler"])
         if "gradients" in state:
-            learn.gradient_accumulation.count = state["gradients"][0]
-            for parameter, gradient in zip(self.network.parameters(), state["gradients"][1]):
+            learn.gradient_accumulation.count, gradients = state["gradients"]
+            for parameter, gradient in zip(self.network.parameters(), gradients):
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
         _set_random_state(state["random"])
 

@@ -44,7 +44,7 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
     """
     state = read_state(folder / "state.pt") if folder else None
     folder = folder or new_run_folder(recipe)
-    with only_one(folder / "recipe.yaml"):
+    with _alone(folder):
         remove_partial(folder)
         record = RunFolder(folder, recipe, cost)
         if state:
@@ -62,6 +62,15 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
         resume = f"python app.py {folder / 'recipe.yaml'} --resume"
         raise Interrupted(f"interrupted {snapshots.stopped}, and saved; to go on: {resume}", snapshots.stop)
     return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        with only_one(folder / "recipe.yaml"):
+            yield
+    except BlockingIOError:
+        raise RecipeError(f"output: {folder} is going on in another process") from None
 
 
 @contextmanager
@@ -90,7 +99,11 @@ def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:
 
     Another `output` or `log` makes no other run of a recipe. A run that is going on is none that was interrupted.
     """
-    states = sorted(recipe.runs.glob("*/state.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def time_of(path: Path) -> float:
+        return path.stat().st_mtime if path.exists() else 0.0  # of a run that has just ended
+
+    states = sorted(recipe.runs.glob("*/state.pt"), key=time_of, reverse=True)
     passed = ""
     for folder in (path.parent for path in states):
         try:

@@ -252,26 +252,28 @@ def test_what_is_no_run_cannot_be_compared(app, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_saves_the_run_and_resume_goes_on_with_it(app, tmp_path, number, code):  # noqa: F811
-    overrides = [*TINY, "train.epochs=60", "output=runs"]
+    overrides = [*TINY, "train.epochs=20", "output=runs"]
+    if number == signal.SIGINT:  # as a terminal sends it: to the processes that read files, too
+        write_imagenet(tmp_path / "images", train=20)
+        overrides += ["data.name=folder", f"data.path={tmp_path}/images", "data.size=16", "data.workers=1"]
+        overrides += ["data.batch_size=5"]
     command = [sys.executable, str(ROOT / "app.py"), str(QUICKSTART), *overrides]
-    training = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    training = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/history.csv")) and time.monotonic() < deadline:
         time.sleep(0.1)
-    training.send_signal(number)
+    os.killpg(training.pid, number)
     _, errors = training.communicate(timeout=60)
-    assert training.returncode == code and "Traceback" not in errors
+    assert training.returncode == code and "Traceback" not in errors, errors
     folder = only(tmp_path / "runs")
-    assert re.search(r"interrupted (in|after) epoch \d+ of 60", errors)
+    assert re.search(r"interrupted (in|after) epoch \d+ of 20", errors)
     assert f"to go on: python app.py {Path('runs') / folder.name / 'recipe.yaml'} --resume" in errors
-    done = len((folder / "history.csv").read_text().splitlines()) - 1
-    # The command it tells, but for the length: what is left of it is not to be waited for.
-    text = app(QUICKSTART, *overrides[:-2], f"train.epochs={done}", "output=runs", "--resume", cwd=tmp_path)
-    assert "but differs in train.epochs" in text
     text = app(Path("runs") / folder.name / "recipe.yaml", "--resume", cwd=tmp_path)
     assert f"Going on with runs/{folder.name}." in text and f"The run is in runs/{folder.name}." in text
     history = list(csv.DictReader(open(folder / "history.csv")))
-    assert [int(row["epoch"]) for row in history] == list(range(1, 61))
+    assert [int(row["epoch"]) for row in history] == list(range(1, 21))
     assert not (folder / "state.pt").exists()
 
 

@@ -3,17 +3,20 @@
 import gzip
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dgc_fastai import build_learner, load_recipe
 from dgc_fastai.data import build_dataloaders, class_names, input_size, read_image
 from dgc_fastai.errors import RecipeError
 from dgc_fastai.preflight import check_data as preflight
 from dgc_fastai.recipe import Data
 
+QUICKSTART = Path(__file__).parents[1] / "recipes/quickstart.yaml"
 CPU = torch.device("cpu")
 
 
@@ -175,11 +178,24 @@ def test_batches_can_be_shown(tmp_path, name):
     elif name != "digits":
         write_imagenet(tmp_path)
     path = None if name == "digits" else str(tmp_path)
-    dls = build_dataloaders(Data(name=name, path=path, size=32, batch_size=6), CPU)
-    dls.show_batch(max_n=4)
+    where = "data.path=null" if path is None else f"data.path={path}"
+    small = "data.size=32", "data.batch_size=6", "model.stages=[1,1,1]"
+    recipe = load_recipe(QUICKSTART, [f"data.name={name}", where, *small])
+    learn = build_learner(recipe)
+    learn.dls.show_batch(max_n=4)
     titles = [axes.get_title() for axes in matplotlib.pyplot.gcf().axes]
-    assert len(titles) == 4 and set(titles) <= set(dls.vocab)
+    assert len(titles) == 4 and set(titles) <= set(learn.dls.vocab)
     matplotlib.pyplot.close("all")
+    with learn.no_bar():
+        learn.show_results(max_n=4)
+    titles = [axes.get_title() for axes in matplotlib.pyplot.gcf().axes]
+    assert len(titles) == 4 and all(set(title.split("\n")) <= set(learn.dls.vocab) for title in titles)
+    matplotlib.pyplot.close("all")
+    # And a learner can be taken elsewhere, as every learner of fastai.
+    learn.export(tmp_path / "learner.pkl")
+    from fastai.learner import load_learner
+
+    assert list(load_learner(tmp_path / "learner.pkl").dls.vocab) == list(learn.dls.vocab)
 
 
 class Attack:
