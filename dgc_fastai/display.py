@@ -176,7 +176,9 @@ class TrainingDisplay(Callback):
 
 def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
     """A PNG of a run's loss, accuracy, inactive share and learning rate against the epochs done."""
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 6.5))
+    # Set by hand: finding the margins takes as long as drawing.
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.89, wspace=0.16, hspace=0.22)
     figure.suptitle(title)
     epochs = [row["epoch"] for row in rows]
     panels = [

@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,7 +140,7 @@ class RunFolder(Callback):
         self.rows: list[dict[str, Any]] = []
         self.best = (-1.0, -1.0)
         self.started = time.monotonic()
-        self.drawn, self.drawing = -math.inf, 0.0
+        self.drawn, self.drawing = self.started, 1.0  # a first guess
         classes = json.dumps(class_names(recipe.data))
         self.metadata = {"recipe": recipe.to_yaml(), "classes": classes, "format": "pt"}
         self.summary = {

@@ -419,6 +419,20 @@ def test_image_files_are_augmented_alike_whatever_the_workers_and_the_place_of_e
     assert torch.equal(epochs[2][0], epochs[0][1])
 
 
+def test_each_image_file_is_augmented_its_own_way_and_each_epoch_another(tmp_path):
+    write_imagenet(tmp_path, train=1)
+    for path in tmp_path.glob("train/*/*"):  # one picture under six names
+        path.write_bytes((tmp_path / "train/n01/n01_0.JPEG").read_bytes())
+        path.with_stem("copy").write_bytes(path.read_bytes())
+    dl = build_dataloaders(folder_data(tmp_path, batch_size=6), CPU).train
+    pictures = []
+    for epoch in (0, 1):
+        dl.set_epoch(seed=0, epoch=epoch)
+        pictures += [picture for x, _ in dl for picture in x]
+    assert len(pictures) == 12
+    assert not any(torch.equal(one, other) for n, one in enumerate(pictures) for other in pictures[:n])
+
+
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10", "folder"])
 def test_an_image_file_is_seen_as_in_validation(tmp_path, name):
     path = {"path": None if name == "digits" else str(tmp_path / "data")}

@@ -79,8 +79,8 @@ EVERYTHING = [
 @pytest.mark.parametrize("overrides", [[], EVERYTHING], ids=["plain", "everything"])
 def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, overrides):
     whole, _ = start([*overrides, f"output={tmp_path}/whole"])
-    # After the first step; within the validation; at the last batch of an epoch; within the next.
-    places = [StopAt(0, 0), StopAt(0, 1, training=False), StopAt(1, 4), StopAt(2, 2)]
+    # After the first step; in the epoch that was gone on with; in a validation; at an epoch's last batch; in the next.
+    places = [StopAt(0, 0), StopAt(0, 2), StopAt(0, 1, training=False), StopAt(1, 4), StopAt(2, 2)]
     for number, place in enumerate(places):
         folder, learn = start([*overrides, f"output={tmp_path}/parts"], resume=number > 0, callback=place)
         assert folder is None
