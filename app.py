@@ -138,10 +138,10 @@ def predict(
         from dgc_fastai.trained import predict as classify
 
         trained = load_trained(weights)
-    answers = classify(trained, images)
-    found = list(
-        track(answers, "classifying", len(images), console=errors, transient=True, disable=not errors.is_terminal)
-    )
+    found = classify(trained, images)
+    if errors.is_terminal:
+        found = track(found, "classifying", len(images), console=errors, transient=True)
+    found = list(found)
     if as_json:
         answers = [
             {"image": str(path), "predictions": [{"class": name, "probability": p} for name, p in classes[:top]]}

@@ -117,15 +117,19 @@ def _onnx(trained: Trained, images: torch.Tensor):
     except ImportError as error:
         hint = "pip install onnx onnxscript onnxruntime"
         raise RecipeError(f"export to ONNX needs {error.name}, which is not installed; try {hint}") from None
-    program = torch.onnx.export(
-        trained.model,
-        (images,),
-        dynamo=True,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            trained.model,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:  # many lines, the reason among the last
+        reason = next((line for line in str(error).splitlines() if "Error'>:" in line), type(error).__name__)
+        raise UserError(f"cannot be written as ONNX: {reason}; a newer onnxscript may know how") from None
     model = program.model_proto
     onnx.helper.set_model_props(model, trained.metadata())
     content = model.SerializeToString()
