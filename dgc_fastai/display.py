@@ -19,7 +19,7 @@ from rich.table import Table
 from .budget import Budget
 from .recipe import Recipe
 
-__all__ = ["TrainingDisplay", "draw_curves", "show_budget", "show_recipe"]
+__all__ = ["TrainingDisplay", "draw_curves", "show_budget", "show_recipe", "to_png"]
 
 MOST_ROWS = 40  # of the budget before a training run; about a screen
 HEARTBEAT = 60  # seconds between lines within an epoch, where there is no live bar
@@ -202,6 +202,11 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
             axes.set_ylim(-2, 102)
     for axes in figure.axes[2:]:
         axes.set_xlabel("epoch")
+    return to_png(figure)
+
+
+def to_png(figure: Figure) -> bytes:
+    """A figure as the content of a PNG file."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()

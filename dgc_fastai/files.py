@@ -1,8 +1,10 @@
 """Files that several processes may come by: written so that a reader never finds half of one, and locked."""
 
+import csv
+import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Union
@@ -12,7 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["only_one", "remove_partial", "write_atomically"]
+__all__ = ["only_one", "remove_partial", "write_atomically", "write_table"]
 
 
 def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None:
@@ -37,6 +39,15 @@ def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)  # an interrupt can come just after the rename
         raise
+
+
+def write_table(path: Union[str, Path], rows: Sequence[Mapping]) -> None:
+    """Write rows, of which there is at least one, as a CSV file, atomically; the first row's keys are the columns."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, table.getvalue())
 
 
 def remove_partial(folder: Path) -> None:

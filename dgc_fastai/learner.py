@@ -1,6 +1,5 @@
 """A recipe -> a fastai Learner, and the two things to do with it: fit and evaluate."""
 
-import difflib
 import inspect
 from functools import partial
 from typing import Any, Optional
@@ -25,7 +24,7 @@ from .budget import budget
 from .callbacks import AnnealGates, AverageWeights, MixUpOrCutMix
 from .data import build_dataloaders, class_names, input_size
 from .errors import RecipeError
-from .recipe import Recipe, Train
+from .recipe import Recipe, Train, did_you_mean
 from .schedules import schedules
 
 __all__ = ["RecipeLearner", "assemble", "build_learner", "build_model", "evaluate", "fit", "select_device"]
@@ -170,9 +169,8 @@ def _optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Train) 
     try:
         info = timm.optim.get_optimizer_info(name)
     except ValueError:
-        nearest = difflib.get_close_matches(name, timm.optim.list_optimizers(), n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "see timm.optim.list_optimizers()"
-        raise RecipeError(f"train.optimizer: timm has no {name!r}; {hint}") from None
+        hint = did_you_mean(name, timm.optim.list_optimizers()) or "; see timm.optim.list_optimizers()"
+        raise RecipeError(f"train.optimizer: timm has no {name!r}{hint}") from None
     if info.second_order:
         raise RecipeError(f"train.optimizer: {name} needs second derivatives, which fastai's loop does not compute")
     decays = train.weight_decay, 0.0

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from .errors import RecipeError
 
-__all__ = ["Recipe", "differences", "load_recipe", "parse_recipe"]
+__all__ = ["Recipe", "did_you_mean", "differences", "load_recipe", "parse_recipe"]
 
 
 GATES = {"heads", "squeeze_rate", "gate_factor"}
@@ -48,7 +48,7 @@ def _known_device(name: str) -> str:
 
 def _known_architecture(name: str) -> str:
     if name not in ARCHITECTURES:
-        raise ValueError(f"no network {name!r}{_did_you_mean(name, ARCHITECTURES)}")
+        raise ValueError(f"no network {name!r}{did_you_mean(name, ARCHITECTURES)}")
     return name
 
 
@@ -301,7 +301,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         nearby = sorted(str(other) for other in path.parent.glob("*.yaml"))
-        hint = _did_you_mean(str(path), nearby) or (f"; there are {', '.join(nearby)}" if nearby else "")
+        hint = did_you_mean(str(path), nearby) or (f"; there are {', '.join(nearby)}" if nearby else "")
         raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', 'not UTF-8')}{hint}") from None
 
 
@@ -336,7 +336,8 @@ def _override(content: dict, lines: dict[tuple, str], override: str) -> None:
     lines[place] = override
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known word nearest to a misspelt one, or nothing."""
     nearest = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -353,7 +354,7 @@ def _explain(problem: dict, lines: dict[tuple, str], source: str) -> str:
     if kind == "extra_forbidden":
         schema = Recipe if len(place) == 1 else _SECTIONS.get(place[0])
         known = list(schema.model_fields) if schema else []
-        hint = _did_you_mean(str(place[-1]), known) or f"; known are {', '.join(known)}"
+        hint = did_you_mean(str(place[-1]), known) or f"; known are {', '.join(known)}"
         message = f"unknown key{hint}"
     elif kind == "missing":
         message = "is missing"

@@ -33,7 +33,7 @@ class Snapshots(Callback):
     Args:
         path: the file to keep.
         seed: of the data's order.
-        record: has `rows`, `best` and `started` of the run, which are kept, too.
+        record: has `rows` and `started` of the run, which are kept, too.
         state: from `read_state`, where a run goes on.
     """
 
@@ -112,7 +112,6 @@ class Snapshots(Callback):
             "loss": (loss.count, float(loss.val)),
             "penalty": (learn.anneal_gates.steps, float(learn.anneal_gates.penalty)),
             "rows": self.record.rows,
-            "best": self.record.best,
             "elapsed": time.monotonic() - self.record.started,
         }
         if hasattr(learn, "average_weights"):

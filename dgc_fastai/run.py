@@ -1,7 +1,5 @@
 """A training run and the folder it leaves behind."""
 
-import csv
-import io
 import itertools
 import json
 import time
@@ -20,7 +18,7 @@ from .checkpoint import save_checkpoint
 from .data import class_names
 from .display import TrainingDisplay, draw_curves
 from .errors import Interrupted, RecipeError
-from .files import only_one, remove_partial, write_atomically
+from .files import only_one, remove_partial, write_atomically, write_table
 from .learner import fit
 from .loggers import logging_callbacks
 from .recipe import Recipe, differences, load_recipe
@@ -48,7 +46,6 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
         record = RunFolder(folder, recipe, cost)
         if state:
             record.rows += state["rows"]
-            record.best = tuple(state["best"])
         snapshots = Snapshots(folder / "state.pt", recipe.train.seed, record, state)
         display = TrainingDisplay(console, record.rows, recipe.log.print_every)
         with _callbacks(learn, [record, snapshots, display, *logging_callbacks(recipe, folder)]):
@@ -138,7 +135,6 @@ class RunFolder(Callback):
     def __init__(self, folder: Path, recipe: Recipe, cost: Budget):
         self.folder, self.recipe = folder, recipe
         self.rows: list[dict[str, Any]] = []
-        self.best = (-1.0, -1.0)
         self.started = time.monotonic()
         self.drawn, self.drawing = self.started, 1.0  # a first guess
         classes = json.dumps(class_names(recipe.data))
@@ -160,19 +156,15 @@ class RunFolder(Callback):
         row["epoch"] = self.epoch + 1
         row["seconds"] = round(time.monotonic() - self.started, 3)
         self.rows.append(row)
-        table = io.StringIO()
-        writer = csv.DictWriter(table, row, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.folder / "history.csv", table.getvalue())
+        write_table(self.folder / "history.csv", self.rows)
         if time.monotonic() - self.drawn > 20 * self.drawing:  # short epochs are not to wait for pictures
             self._draw()
         average = getattr(self, "average_weights", None)
         network = average.averaged if average else self.model
-        score = (row["inactive"], row["top_1"])
+        # The later one of equals, as the authors do.
+        best = max(self.rows, key=lambda row: (row["inactive"], row["top_1"], row["epoch"]))
         names = ["last.safetensors"]
-        if score >= self.best:
-            self.best = score
+        if best is row:
             names.append("best.safetensors")
         if self.recipe.log.keep_every and row["epoch"] % self.recipe.log.keep_every == 0:
             names.append(f"epoch_{row['epoch']:04d}.safetensors")
@@ -181,7 +173,7 @@ class RunFolder(Callback):
         self.summary.update(
             epochs=row["epoch"],
             seconds=round(sum(row["seconds"] for row in self.rows), 3),
-            best=max(self.rows, key=lambda row: (row["inactive"], row["top_1"], row["epoch"])),
+            best=best,
             last=row,
         )
         write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")

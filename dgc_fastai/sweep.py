@@ -1,7 +1,5 @@
 """One recipe, several values of some of its keys: a run for each combination, and one picture of them all."""
 
-import csv
-import io
 import itertools
 import re
 import time
@@ -14,8 +12,9 @@ from rich.console import Console
 from .budget import budget
 from .compare import read_run
 from .data import input_size
+from .display import to_png
 from .errors import RecipeError
-from .files import write_atomically
+from .files import write_atomically, write_table
 from .learner import build_learner, build_model
 from .preflight import preflight
 from .recipe import Recipe, load_recipe
@@ -69,23 +68,17 @@ def sweep(folder: Path, plans: dict[str, Recipe], console: Console) -> list[Path
     Raises:
         Interrupted: SIGINT or SIGTERM came; the runs that are done, and the state of this one, are kept.
     """
-    done: dict[str, Path] = {}
+    runs, rows = [], []
     for number, (label, recipe) in enumerate(plans.items(), 1):
         console.print(f"Run {number} of {len(plans)}: {label}", style="bold", highlight=False)
         learn = build_learner(recipe)
-        done[label] = train(learn, recipe, budget(learn.model, input_size(recipe.data)), console)
-        rows = []
-        for name, run in done.items():
-            _, summary = read_run(run)
-            costs = {key: summary[key] for key in ("macs", "macs_dense", "operations", "parameters", "seconds")}
-            rows.append({"run": run.name, "label": name, "top_1": summary["best"]["top_1"], **costs})
-        table = io.StringIO()
-        writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(folder / "sweep.csv", table.getvalue())
+        runs.append(train(learn, recipe, budget(learn.model, input_size(recipe.data)), console))
+        _, summary = read_run(runs[-1])
+        costs = {key: summary[key] for key in ("macs", "macs_dense", "operations", "parameters", "seconds")}
+        rows.append({"run": runs[-1].name, "label": label, "top_1": summary["best"]["top_1"], **costs})
+        write_table(folder / "sweep.csv", rows)
         write_atomically(folder / "sweep.png", draw_sweep(rows, folder.name))
-    return list(done.values())
+    return runs
 
 
 def draw_sweep(rows: Sequence[dict], title: str) -> bytes:
@@ -104,6 +97,4 @@ def draw_sweep(rows: Sequence[dict], title: str) -> bytes:
     axes.set_ylabel("top-1 of the best epoch (%)")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
+    return to_png(figure)
