@@ -3,7 +3,7 @@
 Su, Fang et al., "Dynamic Group Convolution for Accelerating Convolutional Neural Networks", ECCV 2020.
 """
 
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -82,17 +82,19 @@ class DynamicGroupConv2d(nn.Module):
 
     Applies batch norm and ReLU, pools the result, lets every head compute a gate per channel and drop the
     channels with the smallest gates, and convolves what is left: [B, in_channels, H, W] ->
-    [B, out_channels, H', W']. Output channel `o` is computed by head `o % heads`.
+    [B, out_channels, H', W']. Output channel `o` is computed by head `o % heads`. Where a network has norms
+    and activations of its own in their place, `preact=False` leaves the layer's out.
 
     How far training has come is held in the buffer `inactive_channels`, the number of channels that every
     head drops; `set_progress` moves it, the state dict carries it and evaluation uses it. A new layer drops
     nothing.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation: as in `nn.Conv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`.
         heads: number of heads H; divides out_channels.
         squeeze_rate: reduction in the gates' hidden layer; halved for fewer than 80 input channels.
         gate_factor: share of input channels each head keeps at the end of training, in (0, 1].
+        preact: apply batch norm and ReLU to the input first, as the paper does.
 
     Raises:
         ValueError: heads does not divide out_channels, squeeze_rate leaves no hidden unit, or gate_factor
@@ -112,6 +114,8 @@ class DynamicGroupConv2d(nn.Module):
         heads: int = 4,
         squeeze_rate: int = 16,
         gate_factor: float = 0.25,
+        bias: bool = False,
+        preact: bool = True,
     ):
         super().__init__()
         if heads < 1 or out_channels % heads:
@@ -127,10 +131,12 @@ class DynamicGroupConv2d(nn.Module):
         self.heads = heads
         self.squeeze_rate = squeeze_rate
         self.gate_factor = gate_factor
+        self.preact = preact
 
-        self.norm = nn.BatchNorm2d(in_channels)
+        self.norm = nn.BatchNorm2d(in_channels) if preact else nn.Identity()
         self.gates = HeadGates(in_channels, heads, squeeze_rate)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         # An integer, so that `.half()` cannot round it.
         self.register_buffer("inactive_channels", torch.tensor(0))
         self.lasso = None
@@ -140,16 +146,38 @@ class DynamicGroupConv2d(nn.Module):
         """Each head's filters are initialised as a convolution of their own: its fan-out is one head's."""
         kh, kw = self.kernel_size
         nn.init.normal_(self.weight, std=(2 / (kh * kw * (self.out_channels // self.heads))) ** 0.5)
-        self.norm.reset_parameters()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.norm.reset_parameters()
         self.gates.reset_parameters()
 
+    @classmethod
+    def like(cls, conv: nn.Conv2d, **keywords: Any) -> "DynamicGroupConv2d":
+        """A new layer with the geometry, device and type of a convolution; `keywords` as in the constructor."""
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            bias=conv.bias is not None,
+            **keywords,
+        )
+        return layer.to(device=conv.weight.device, dtype=conv.weight.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(x), inplace=True)
+        if self.preact:
+            x = F.relu(self.norm(x), inplace=True)
         gates = self.gates(x.mean((2, 3), dtype=torch.float32))
         if self.training:
             self.lasso = gates.mean((0, 2)).sum()
         gates = drop_smallest(gates, self.inactive_channels)
-        return gated_conv2d(x, gates, self.weight, self.stride, self.padding, self.dilation)
+        y = gated_conv2d(x, gates, self.weight, self.stride, self.padding, self.dilation)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype).reshape(1, -1, 1, 1)
+        return y
 
     def __getstate__(self) -> dict:
         # `lasso` hangs on the last forward's graph, which can be neither copied nor pickled.
@@ -160,6 +188,8 @@ class DynamicGroupConv2d(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={kernel}, stride={stride}, "
             f"heads={self.heads}, squeeze_rate={self.squeeze_rate}, gate_factor={self.gate_factor}"
+            + (", bias=True" if self.bias is not None else "")
+            + ("" if self.preact else ", preact=False")
         )
 
 

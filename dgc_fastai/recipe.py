@@ -23,8 +23,12 @@ DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3", "stem_stride"
 # Every network by name, with the keywords that are its own.
 ARCHITECTURES = {
     name + twin: keywords
-    for name, keywords in (("dgc_densenet86", DENSENET), ("dgc_condensenet74", DENSENET), ("dgc_resnet18", GATES))
-    for twin in ("", "_dense")
+    for names, keywords in (
+        (("dgc_densenet22", "dgc_densenet86", "dgc_condensenet74"), DENSENET),
+        (("dgc_resnet18", "dgc_resnet34", "dgc_resnet50", "dgc_mobilenetv2_100"), GATES),
+    )
+    for name in names
+    for twin in ("", "_dense", "_sgc")
 }
 
 # The limits are far beyond use: they are there so that a slip of the finger does not fill the memory.

@@ -48,13 +48,21 @@ def equal_states(first, second):
 
 
 def evaluating(model, x):
-    """The model in evaluation mode, with the norm statistics of one batch.
-
-    With a new network's statistics, gates times features grow doubly exponentially from layer to layer.
-    """
+    """The model in evaluation mode, with the norm statistics of one batch: differences are not drowned there."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     with torch.no_grad():
         model.train()(x)
     return model.eval()
+
+
+def loaders(images, labels, size):
+    """The same images to train and to validate with, as a small set."""
+    from fastai.data.core import DataLoaders
+
+    from dgc_fastai.data import TensorDL, TensorImages
+
+    vocab = [str(n) for n in range(10)]
+    splits = (TensorImages(images, labels, vocab, split_idx) for split_idx in (0, 1))
+    return DataLoaders(*(TensorDL(split, bs=size, num_workers=0, device="cpu") for split in splits), device="cpu")

@@ -9,27 +9,19 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import *  # noqa: F403  (adds fit_one_cycle, lr_find and the like to Learner)
 from fastai.callback.training import GradientAccumulation
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
-from golden import equal_states, evaluating, group, read, tiny_densenet
+from golden import equal_states, evaluating, group, loaders, read, tiny_densenet
 from torch.testing import assert_close
 
 from dgc_fastai import AnnealGates, conv, set_progress
 from dgc_fastai.checkpoint import _translate
 from dgc_fastai.conv import dgc_layers, num_inactive
-from dgc_fastai.data import TensorDL, TensorImages
 from dgc_fastai.learner import assemble, fit
 from dgc_fastai.ops import reference
 from dgc_fastai.recipe import Recipe
-
-
-def loaders(images, labels, size):
-    vocab = [str(n) for n in range(10)]
-    splits = (TensorImages(images, labels, vocab, split_idx) for split_idx in (0, 1))
-    return DataLoaders(*(TensorDL(split, bs=size, num_workers=0, device="cpu") for split in splits), device="cpu")
 
 
 class Spy(Callback):

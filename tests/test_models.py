@@ -1,27 +1,45 @@
 """The networks: sizes, dense twins, and timm's contract as far as a timm user leans on it daily."""
 
 import copy
+import re
+from functools import partial
 
 import pytest
 import timm
 import torch
-from golden import close, evaluating, read_json
+import torch.nn.functional as F
+from fastai.callback.core import Callback, CancelValidException
+from fastai.learner import Learner
+from golden import close, evaluating, loaders, read_json
+from timm.models._efficientnet_builder import round_channels
+from timm.optim import param_groups_weight_decay
 
-from dgc_fastai import DynamicGroupConv2d, gate_penalty, set_progress
+from dgc_fastai import AnnealGates, DynamicGroupConv2d, gate_penalty, set_progress
 from dgc_fastai.conv import dgc_layers
+from dgc_fastai.models._blocks import StaticGroupConv2d
 
-NAMES = ["dgc_condensenet74", "dgc_densenet86", "dgc_resnet18"]
-TWINS = [f"{name}_dense" for name in NAMES]
+NAMES = [
+    "dgc_condensenet74",
+    "dgc_densenet22",
+    "dgc_densenet86",
+    "dgc_mobilenetv2_100",
+    "dgc_resnet18",
+    "dgc_resnet34",
+    "dgc_resnet50",
+]
+TWINS = [name + twin for name in NAMES for twin in ("_dense", "_sgc")]
 # Small enough for every test, with each family's every kind of layer.
-SMALL = {
-    "dgc_densenet86": dict(stages=(1, 2, 1), growth=(4, 8, 8)),
-    "dgc_condensenet74": dict(stages=(1, 2, 1), growth=(4, 8, 8)),
-    "dgc_resnet18": dict(channels=(16, 16, 32, 32), layers=(1, 1, 2, 1)),
-}
+_DENSENET = dict(stages=(1, 2, 1), growth=(4, 8, 8))
+_RESNET = dict(channels=(16, 16, 32, 32), layers=(1, 1, 2, 1))
+_MOBILENET = dict(round_chs_fn=partial(round_channels, multiplier=0.25), num_features=64)
+FAMILIES = {"densenet": _DENSENET, "condensenet": _DENSENET, "mobilenet": _MOBILENET, "resnet": _RESNET}
+# One name for each kind of block, where the others of its family have nothing to add.
+KINDS = ["dgc_densenet22", "dgc_mobilenetv2_100", "dgc_resnet18", "dgc_resnet50"]
 
 
 def small(name, **kwargs):
-    return timm.create_model(name, **{**SMALL[name.removesuffix("_dense")], "num_classes": 7, **kwargs})
+    sizes = next(sizes for family, sizes in FAMILIES.items() if family in name)
+    return timm.create_model(name, **{**sizes, "num_classes": 7, **kwargs})
 
 
 def test_the_networks_are_in_timm_s_registry():
@@ -30,10 +48,10 @@ def test_the_networks_are_in_timm_s_registry():
 
 @pytest.mark.parametrize("name", NAMES + TWINS)
 def test_default_configuration_is_true(name):
-    model = timm.create_model(name).eval()
-    cfg = model.default_cfg
-    with torch.no_grad():
-        features = model.forward_features(torch.randn(1, *cfg["input_size"]))
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        cfg = model.default_cfg
+        features = model.forward_features(torch.empty(1, *cfg["input_size"]))
     assert features.shape == (1, model.num_features, *cfg["pool_size"])
     assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
     assert model.get_submodule(cfg["first_conv"]).in_channels == 3
@@ -54,7 +72,10 @@ def test_timm_s_surface(name):
         assert torch.equal(final, features)
         assert [i.shape[1] for i in intermediates] == [f["num_chs"] for f in model.feature_info]
         assert [64 // i.shape[-1] for i in intermediates] == [f["reduction"] for f in model.feature_info]
+        chosen = model.forward_intermediates(x, indices=[0, 2], intermediates_only=True, stop_early=True)
+        assert [i.shape[1] for i in chosen] == [model.feature_info[i]["num_chs"] for i in (0, 2)]
         extractor = small(name, features_only=True, out_indices=(0, 2)).eval()
+        assert extractor.feature_info.channels() == [i.shape[1] for i in chosen]
         assert [f.shape[1] for f in extractor(x)] == [model.feature_info[i]["num_chs"] for i in (0, 2)]
         model.reset_classifier(3)
         assert model(x).shape == (2, 3)
@@ -80,20 +101,43 @@ def test_densenet_keywords():
         timm.create_model("dgc_densenet86", stages=(1, 2, 3), growth=(8, 8))
     with pytest.raises(ValueError, match="group_3x3=3"):
         timm.create_model("dgc_densenet86", group_3x3=3)
-    with pytest.raises(ValueError, match="heads=3"):
-        timm.create_model("dgc_resnet18", heads=3)
+    for name in ("dgc_resnet18", "dgc_resnet18_sgc", "dgc_densenet86_sgc"):
+        with pytest.raises(ValueError, match="heads=3"):
+            timm.create_model(name, heads=3)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dense_twin_differs_by_its_1x1_or_all_convolutions_only(name):
-    gated, dense = small(name), small(f"{name}_dense", heads=2)
-    assert dgc_layers(gated) and not dgc_layers(dense)
-    shape = lambda model: {n: tuple(p.shape) for n, p in model.named_parameters() if p.ndim == 4}  # noqa: E731
-    if "densenet" in name:  # norm-ReLU-convolution keeps its parts in a module of its own
-        expected = {n.removesuffix(".conv.weight").removesuffix(".weight"): s for n, s in shape(dense).items()}
-        assert {n.removesuffix(".conv.weight").removesuffix(".weight"): s for n, s in shape(gated).items()} == expected
-    else:
-        assert shape(gated) == shape(dense)
+def test_twins_differ_by_their_convolutions_only(name):
+    gated, dense, static = small(name), small(f"{name}_dense", heads=2), small(f"{name}_sgc", heads=2)
+    assert dgc_layers(gated) and not dgc_layers(dense) and not dgc_layers(static)
+
+    def filters(model):  # by the place they have in the network, whatever holds them there
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.ndim == 4}
+        held = re.compile(r"(\.conv)?(\.0)?\.weight$" if model is static else r"(\.conv)?\.weight$")
+        return {held.sub("", name): shape for name, shape in shapes.items()}
+
+    assert filters(gated) == filters(dense)
+    replaced = {n for n, module in gated.named_modules() if isinstance(module, DynamicGroupConv2d)}
+    grouped = {
+        place: (out, channels // 2 if place in replaced else channels, kh, kw)
+        for place, (out, channels, kh, kw) in filters(dense).items()
+    }
+    assert filters(static) == grouped
+
+
+def test_static_groups_are_interleaved_like_heads():
+    # With gates of one, a DGC layer whose heads each ignore the other groups' channels is the group convolution.
+    conv = torch.nn.Conv2d(8, 12, 3, padding=1, stride=2, bias=False)
+    static = StaticGroupConv2d(conv, heads=4)
+    layer = DynamicGroupConv2d(8, 12, 3, padding=1, stride=2, heads=4, squeeze_rate=4, preact=False)
+    x = torch.randn(2, 8, 7, 7)
+    with torch.no_grad():
+        layer.gates.excite.zero_()
+        layer.weight.zero_()
+        for out in range(12):
+            head, place = out % 4, out // 4
+            layer.weight[out, 2 * head : 2 * head + 2] = static[0].weight[3 * head + place]
+        close(layer(x), static(x), 1e-5)
 
 
 def test_the_dense_resnet_is_torchvision_s():
@@ -107,7 +151,7 @@ def test_the_dense_resnet_is_torchvision_s():
         close(ours(x), theirs(x), 1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["dgc_condensenet74", "dgc_densenet86", "dgc_resnet18"])
 def test_initialisation_of_a_whole_network_is_the_reference_s(name):
     for module in timm.create_model(name).modules():
         if isinstance(module, (torch.nn.Conv2d, DynamicGroupConv2d)) and module.weight.numel() > 4000:
@@ -116,6 +160,36 @@ def test_initialisation_of_a_whole_network_is_the_reference_s(name):
             assert abs(module.weight.std() / (2 / (kh * kw * out)) ** 0.5 - 1) < 0.1
         elif isinstance(module, torch.nn.Linear) and "densenet" in name:
             assert not module.bias.any()
+
+
+@pytest.mark.parametrize("name", ["dgc_mobilenetv2_100", "dgc_resnet50"])
+def test_twins_of_timm_s_networks_start_as_timm_s(name):
+    torch.manual_seed(0)
+    dense = timm.create_model(f"{name}_dense")
+    theirs = timm.create_model(name.removeprefix("dgc_"), **({} if "mobile" in name else {"zero_init_last": False}))
+    assert dense.state_dict().keys() == theirs.state_dict().keys()
+    static = timm.create_model(f"{name}_sgc")
+    for network in (dense, static):
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 4000:
+                kh, kw = module.kernel_size  # timm's fan-out: per group in its EfficientNets, whole in its ResNets
+                out = module.out_channels // (module.groups if "mobile" in name else 1)
+                assert abs(module.weight.std() / (2 / (kh * kw * out)) ** 0.5 - 1) < 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_new_network_can_be_evaluated(name):
+    # Gates multiply features by features: with the usual statistics of a new batch norm this overflows to NaN.
+    model = timm.create_model(name, num_classes=7)
+    size = model.default_cfg["input_size"]
+    with torch.no_grad():
+        for scale in (0, 0.1, 1, 2):
+            assert model.eval()(scale * torch.randn(2, *size)).isfinite().all()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(norm.num_batches_tracked == 0 and norm.momentum is not None for norm in norms)
+    before = torch.get_rng_state()
+    model.settle_norms()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -145,7 +219,48 @@ def test_parameter_groups_cover_every_parameter(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scripted_traced_exported_and_compiled_models_agree(name):
+def test_weight_decay_spares_the_gates_biases(name):
+    model = small(name)
+    undecayed, decayed = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())
+    biases = [layer.gates.bias for layer in dgc_layers(model)]
+    assert len(model.no_weight_decay()) == len(biases) > 0
+    names = dict(model.named_parameters())
+    assert {id(names[n]) for n in model.no_weight_decay()} == {id(bias) for bias in biases}
+    assert {id(bias) for bias in biases} <= {id(p) for p in undecayed["params"]}
+    assert {id(layer.weight) for layer in dgc_layers(model)} <= {id(p) for p in decayed["params"]}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_dropout_before_the_classifier(name):
+    x = torch.randn(2, 3, 64, 64)
+    model = evaluating(small(name, drop_rate=0.9), x)
+    features = model.forward_features(x)
+    assert torch.equal(model.forward_head(features), model.forward_head(features))
+    pooled = model.train().forward_head(features, pre_logits=True)
+    assert (pooled == 0).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("name", KINDS + ["dgc_densenet22_sgc", "dgc_resnet18_sgc"])
+def test_copies_memory_formats_and_types(name):
+    x = torch.randn(2, 3, 64, 64)
+    model = small(name).eval()
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        other = small(name).eval()
+        assert not torch.equal(other(x), expected)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(x), expected)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        close(last(x.contiguous(memory_format=torch.channels_last)), expected, 1e-4)
+        for dtype in (torch.bfloat16, torch.half):
+            y = copy.deepcopy(model).to(dtype)(x.to(dtype))
+            assert y.dtype == dtype
+            close(y.float(), expected, 0.1)
+
+
+@pytest.mark.parametrize("name", KINDS + ["dgc_condensenet74_sgc", "dgc_mobilenetv2_100_sgc", "dgc_resnet50_sgc"])
+def test_scripted_traced_and_exported_models_agree(name):
     from timm.models._features_fx import create_feature_extractor
 
     x = torch.randn(2, 3, 64, 64)
@@ -163,19 +278,41 @@ def name_of_last_module(model):
     return model.default_cfg["classifier"]
 
 
-def test_annealing_does_not_recompile():
+@pytest.mark.parametrize("name", KINDS)
+def test_compiled_whole_once_for_all_progress(name):
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
-    model = small("dgc_densenet86")
+    model = small(name)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    x = torch.randn(2, 3, 32, 32)
-    for progress in (0, 0.2, 0.4, 0.9):
+    x = torch.randn(2, 3, 64, 64)
+    for progress in (0, 0.2, 0.9):
         set_progress(model, progress)
         compiled(x)
         assert gate_penalty(model) > 0
     assert counter.frame_count == 1
+
+
+class NoValidation(Callback):
+    def before_validate(self):
+        raise CancelValidException
+
+
+def test_a_whole_annealed_run_is_one_graph():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = timm.create_model("dgc_densenet22")
+    images, labels = torch.randn(36, 3, 16, 16), torch.randint(10, (36,))
+    learn = Learner(loaders(images, labels, 6), torch.compile(model, backend="eager", fullgraph=True), F.cross_entropy)
+    seen = set()
+    counting = Callback(after_step=lambda self: seen.add(int(dgc_layers(model)[-1].inactive_channels)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        learn.fit(4, 1e-3, cbs=[AnnealGates(), NoValidation(), counting])
+    assert len(seen) > 10 and max(seen) == round(0.75 * dgc_layers(model)[-1].in_channels)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_published_sizes():

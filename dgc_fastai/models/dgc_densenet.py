@@ -1,6 +1,6 @@
-"""DenseNets whose 1x1 convolutions are DGC layers, and their dense twins. Paper, section 4.
+"""DenseNets whose 1x1 convolutions are DGC layers, and their twins without gates. Paper, section 4.
 
-`dgc_densenet86` is the CIFAR network, `dgc_condensenet74` the ImageNet one.
+`dgc_densenet86` is the CIFAR network, `dgc_condensenet74` the ImageNet one, `dgc_densenet22` a small one.
 """
 
 from collections import OrderedDict
@@ -10,12 +10,13 @@ from typing import Any, Optional, Union
 import torch
 import torch.nn as nn
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from ..conv import DynamicGroupConv2d
-from ._config import imagenet_cfg
+from ._blocks import Connection, GatedModel, StaticGroupConv2d
+from ._registration import imagenet_cfg, register_network, with_twins
 
 __all__ = ["DGCDenseNet"]
 
@@ -63,7 +64,7 @@ class DenseStage(nn.Module):
         return self.layers(x)
 
 
-class DGCDenseNet(nn.Module):
+class DGCDenseNet(GatedModel):
     """DenseNet with DGC layers for its 1x1 convolutions and no compression between stages.
 
     Args:
@@ -73,8 +74,8 @@ class DGCDenseNet(nn.Module):
         group_3x3: groups of the 3x3 convolution.
         heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
         stem_stride: 1 for CIFAR's 32 px images, 2 for ImageNet.
-        dense: norm-ReLU-1x1 convolution instead of DGC layers; `heads`, `squeeze_rate` and `gate_factor`
-            then have no effect.
+        connection: "dgc", or "dense" for ordinary 1x1 convolutions, where `heads`, `squeeze_rate` and
+            `gate_factor` have no effect, or "sgc" for 1x1 group convolutions with as many groups as `heads`.
         num_classes, in_chans, global_pool, drop_rate: as in every timm model.
 
     Raises:
@@ -91,7 +92,7 @@ class DGCDenseNet(nn.Module):
         squeeze_rate: int = 16,
         gate_factor: float = 0.25,
         stem_stride: int = 1,
-        dense: bool = False,
+        connection: Connection = "dgc",
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -107,16 +108,19 @@ class DGCDenseNet(nn.Module):
         self.in_chans = in_chans
 
         def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
-            if dense:
-                return NormReluConv(in_channels, out_channels, kernel_size=1)
-            return DynamicGroupConv2d(
-                in_channels,
-                out_channels,
-                kernel_size=1,
-                heads=heads,
-                squeeze_rate=squeeze_rate,
-                gate_factor=gate_factor,
-            )
+            if connection == "dgc":
+                return DynamicGroupConv2d(
+                    in_channels,
+                    out_channels,
+                    kernel_size=1,
+                    heads=heads,
+                    squeeze_rate=squeeze_rate,
+                    gate_factor=gate_factor,
+                )
+            plain = NormReluConv(in_channels, out_channels, kernel_size=1)
+            if connection == "sgc":
+                plain.conv = StaticGroupConv2d(plain.conv, heads)
+            return plain
 
         channels, reduction = 2 * growth[0], stem_stride
         self.stem = nn.Conv2d(in_chans, channels, 3, stride=stem_stride, padding=1, bias=False)
@@ -139,6 +143,8 @@ class DGCDenseNet(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self._set_classifier(num_classes, global_pool)
         self.init_weights()
+        if connection == "dgc":
+            self.settle_norms()
 
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
         self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, pool_type=global_pool)
@@ -248,45 +254,19 @@ def _cifar_cfg(**kwargs) -> dict:
 
 _HEAD = dict(first_conv="stem", classifier="classifier")
 default_cfgs = generate_default_cfgs(
-    {
-        "dgc_densenet86": _cifar_cfg(**_HEAD),
-        "dgc_densenet86_dense": _cifar_cfg(**_HEAD),
-        "dgc_condensenet74": imagenet_cfg(pool_size=(7, 7), **_HEAD),
-        "dgc_condensenet74_dense": imagenet_cfg(pool_size=(7, 7), **_HEAD),
-    }
+    {name: _cifar_cfg(**_HEAD) for name in with_twins("dgc_densenet22", "dgc_densenet86")}
+    | {name: imagenet_cfg(pool_size=(7, 7), **_HEAD) for name in with_twins("dgc_condensenet74")}
 )
 
 
-def _create_dgc_densenet(variant: str, pretrained: bool, **kwargs) -> DGCDenseNet:
+def _register(name: str, stages: tuple[int, ...], **defaults: Any) -> None:
     # The feature taps are stages, whatever their number.
-    out_indices = tuple(range(len(kwargs["stages"])))
-    feature_cfg = dict(flatten_sequential=True, out_indices=out_indices)
-    return build_model_with_cfg(DGCDenseNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    feature_cfg = dict(flatten_sequential=True, out_indices=tuple(range(len(stages))))
+    register_network(DGCDenseNet, name, stages=stages, feature_cfg=feature_cfg, **defaults)
 
 
-_CIFAR = dict(stages=(14, 14, 14), growth=(8, 16, 32))
-_IMAGENET = dict(stages=(4, 6, 8, 10, 8), growth=(8, 16, 32, 64, 128), stem_stride=2)
-
-
-@register_model
-def dgc_densenet86(pretrained: bool = False, **kwargs) -> DGCDenseNet:
-    """The published CIFAR network: 14-14-14 layers, growth 8-16-32, gate factor 0.25, 32 px."""
-    return _create_dgc_densenet("dgc_densenet86", pretrained, **dict(_CIFAR, **kwargs))
-
-
-@register_model
-def dgc_densenet86_dense(pretrained: bool = False, **kwargs) -> DGCDenseNet:
-    """`dgc_densenet86` with ordinary 1x1 convolutions, its baseline."""
-    return _create_dgc_densenet("dgc_densenet86_dense", pretrained, **dict(_CIFAR, dense=True, **kwargs))
-
-
-@register_model
-def dgc_condensenet74(pretrained: bool = False, **kwargs) -> DGCDenseNet:
-    """The published ImageNet network: 4-6-8-10-8 layers, growth 8 to 128, gate factor 0.25, 224 px."""
-    return _create_dgc_densenet("dgc_condensenet74", pretrained, **dict(_IMAGENET, **kwargs))
-
-
-@register_model
-def dgc_condensenet74_dense(pretrained: bool = False, **kwargs) -> DGCDenseNet:
-    """`dgc_condensenet74` with ordinary 1x1 convolutions, its baseline."""
-    return _create_dgc_densenet("dgc_condensenet74_dense", pretrained, **dict(_IMAGENET, dense=True, **kwargs))
+# As published for CIFAR, 32 px, and for ImageNet, 224 px, both with gate factor 0.25.
+_register("dgc_densenet86", (14, 14, 14), growth=(8, 16, 32))
+_register("dgc_condensenet74", (4, 6, 8, 10, 8), growth=(8, 16, 32, 64, 128), stem_stride=2)
+# An eighth of dgc_densenet86's operations, for machines without a GPU.
+_register("dgc_densenet22", (3, 3, 4), growth=(8, 16, 32))

@@ -1,26 +1,31 @@
-"""ResNets whose every convolution after the stem is a DGC layer, and their dense twins.
+"""ResNets whose every convolution after the stem is a DGC layer, and their twins without gates.
 
 The network is timm's, so everything timm offers for a ResNet works; a DGC layer takes each convolution's
 place and keeps the batch norm that follows it. Paper, section 4 (ResNet-18 on ImageNet).
 """
 
 import torch.nn as nn
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models import generate_default_cfgs
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..conv import DynamicGroupConv2d
-from ._config import imagenet_cfg
+from ._blocks import Connection, GatedModel, StaticGroupConv2d
+from ._registration import imagenet_cfg, register_network, with_twins
 
 __all__ = ["DGCResNet"]
 
 
-class DGCResNet(ResNet):
+class DGCResNet(GatedModel, ResNet):
     """timm's `ResNet` with DGC layers in place of the convolutions of its four stages.
 
     Args:
         heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
-        dense: build the ordinary ResNet instead; the three arguments above then have no effect.
+        connection: "dgc", or "dense" for the ordinary ResNet, where the three arguments above have no effect, or
+            "sgc" for ordinary group convolutions with as many groups as `heads`.
         kwargs: of `timm.models.resnet.ResNet`.
+
+    Raises:
+        ValueError: heads does not divide the channels.
     """
 
     def __init__(
@@ -29,52 +34,33 @@ class DGCResNet(ResNet):
         heads: int = 4,
         squeeze_rate: int = 16,
         gate_factor: float = 0.45,
-        dense: bool = False,
+        connection: Connection = "dgc",
         **kwargs,
     ):
         # The authors' network, like torchvision's, does not start residual branches at zero.
         super().__init__(*args, zero_init_last=False, **kwargs)
-        if dense:
+        if connection == "dense":
             return
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for parent in list(stage.modules()):
-                for name, conv in list(parent.named_children()):
-                    if isinstance(conv, nn.Conv2d):
-                        gated = DynamicGroupConv2d(
-                            conv.in_channels,
-                            conv.out_channels,
-                            conv.kernel_size,
-                            conv.stride,
-                            conv.padding,
-                            conv.dilation,
-                            heads,
-                            squeeze_rate,
-                            gate_factor,
-                        )
-                        setattr(parent, name, gated)
+        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
+        for name, conv in list(self.named_modules()):
+            if name.startswith("layer") and isinstance(conv, nn.Conv2d):
+                if connection == "dgc":
+                    self.set_submodule(name, DynamicGroupConv2d.like(conv, **gating))
+                else:
+                    self.set_submodule(name, StaticGroupConv2d(conv, heads))
+        if connection == "dgc":
+            self.settle_norms()
+        else:
+            self.init_weights(zero_init_last=False)
 
 
+_CFG = imagenet_cfg(first_conv="conv1", classifier="fc", pool_size=(7, 7))
 default_cfgs = generate_default_cfgs(
-    {
-        "dgc_resnet18": imagenet_cfg(first_conv="conv1", classifier="fc", pool_size=(7, 7)),
-        "dgc_resnet18_dense": imagenet_cfg(first_conv="conv1", classifier="fc", pool_size=(7, 7)),
-    }
+    {name: _CFG for name in with_twins("dgc_resnet18", "dgc_resnet34", "dgc_resnet50")}
 )
 
-
-def _create_dgc_resnet(variant: str, pretrained: bool, **kwargs) -> DGCResNet:
-    return build_model_with_cfg(DGCResNet, variant, pretrained, **kwargs)
-
-
-@register_model
-def dgc_resnet18(pretrained: bool = False, **kwargs) -> DGCResNet:
-    """ResNet-18 with DGC layers, as published for ImageNet (gate factor 0.45)."""
-    args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return _create_dgc_resnet("dgc_resnet18", pretrained, **dict(args, **kwargs))
-
-
-@register_model
-def dgc_resnet18_dense(pretrained: bool = False, **kwargs) -> DGCResNet:
-    """The ordinary ResNet-18, baseline of `dgc_resnet18`."""
-    args = dict(block=BasicBlock, layers=(2, 2, 2, 2), dense=True)
-    return _create_dgc_resnet("dgc_resnet18_dense", pretrained, **dict(args, **kwargs))
+# As published for ImageNet, with gate factor 0.45.
+register_network(DGCResNet, "dgc_resnet18", block=BasicBlock, layers=(2, 2, 2, 2))
+# Deeper ones, which the paper does not have.
+register_network(DGCResNet, "dgc_resnet34", block=BasicBlock, layers=(3, 4, 6, 3))
+register_network(DGCResNet, "dgc_resnet50", block=Bottleneck, layers=(3, 4, 6, 3))

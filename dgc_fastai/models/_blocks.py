@@ -1,0 +1,83 @@
+"""What the families share: a convolution's place in a network and its twins, and norms fit to be evaluated."""
+
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..conv import DynamicGroupConv2d
+
+__all__ = ["Connection", "GatedModel", "StaticGroupConv2d"]
+
+Connection = Literal["dgc", "dense", "sgc"]
+
+
+class StaticGroupConv2d(nn.Sequential):
+    """An ordinary group convolution whose groups are interleaved as the heads of a DGC layer are (ShuffleNet's
+    channel shuffle), so that the next one's groups see something of each.
+
+    Raises:
+        ValueError: heads does not divide the channels.
+    """
+
+    def __init__(self, conv: nn.Conv2d, heads: int):
+        for side, channels in (("input", conv.in_channels), ("output", conv.out_channels)):
+            if heads < 1 or channels % heads:
+                raise ValueError(f"heads={heads} does not divide the {channels} {side} channels of a group convolution")
+        grouped = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            groups=heads,
+            bias=conv.bias is not None,
+        )
+        super().__init__(grouped.to(device=conv.weight.device, dtype=conv.weight.dtype), nn.ChannelShuffle(heads))
+
+
+class GatedModel(nn.Module):
+    """Mixed into every family: what DGC adds to timm's contract for a model."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The biases of the gates: they start at one, and decay would close them."""
+        layers = [(name, module) for name, module in self.named_modules() if isinstance(module, DynamicGroupConv2d)]
+        return {f"{name}.gates.bias" for name, _ in layers}
+
+    @torch.jit.ignore
+    def settle_norms(self) -> None:
+        """Set the statistics of every batch norm to those of a few images of noise.
+
+        A batch norm starts with mean 0 and variance 1. Gates multiply features by features, so in a network in
+        evaluation mode that has seen no data yet each layer would square what comes in, and the tenth or so
+        overflow. Training forgets these statistics as it would forget the others.
+        """
+        first = next(module for module in self.modules() if isinstance(module, nn.Conv2d))
+        if first.weight.is_meta:
+            return
+        # Images stay in bounds if they are no more extreme than what was seen here: hence noise from one colour to
+        # single pixels, from faint to three standard deviations.
+        side = max(32, 4 * self.feature_info[-1]["reduction"])
+        generator = torch.Generator().manual_seed(0)
+        noise = [
+            strength * F.interpolate(torch.randn(1, first.in_channels, n, n, generator=generator), (side, side))
+            for n in (1, 2, 4, 8, side)
+            for strength in (0.3, 1, 3)
+        ]
+        noise = torch.cat(noise)
+
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        training = self.training
+        self.eval()  # dropout and stochastic depth stay out of it
+        for norm in norms:
+            norm.train().momentum = None  # the plain mean over batches, of which there is one
+        with torch.no_grad():
+            self.forward_features(noise.to(first.weight))
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            norm.num_batches_tracked.zero_()
+        self.train(training)

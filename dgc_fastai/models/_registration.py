@@ -1,0 +1,55 @@
+"""How a network and its twins without gates are made known to timm."""
+
+import copy
+import sys
+from typing import Any
+
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, register_model
+
+_TWINS = {"": "dgc", "_dense": "dense", "_sgc": "sgc"}
+
+
+def with_twins(*names: str) -> list[str]:
+    """The names of networks and of their twins."""
+    return [name + suffix for name in names for suffix in _TWINS]
+
+
+def register_network(network: type[nn.Module], name: str, **defaults: Any) -> None:
+    """Register a network with timm, and its `_dense` and `_sgc` twins.
+
+    Args:
+        network: the class; its module has a `default_cfgs` with all three names.
+        name: what `timm.create_model` shall know it by.
+        defaults: keywords of `network`, or of timm's `build_model_with_cfg`.
+    """
+    for suffix, connection in _TWINS.items():
+        register_model(_entry_point(network, name + suffix, {**defaults, "connection": connection}))
+
+
+def _entry_point(network: type[nn.Module], name: str, defaults: dict[str, Any]):
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        # timm takes the feature configuration apart, so each call gets one of its own.
+        return build_model_with_cfg(network, name, pretrained, **{**copy.deepcopy(defaults), **kwargs})
+
+    # timm registers a function of a module by its name.
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = network.__module__
+    setattr(sys.modules[network.__module__], name, create)
+    return create
+
+
+def imagenet_cfg(**kwargs) -> dict[str, Any]:
+    """timm's configuration of the ImageNet networks: 224 px, cut from the centre of 256 px."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 224 / 256,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "license": "mit",
+        **kwargs,
+    }

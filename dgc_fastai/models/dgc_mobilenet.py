@@ -1,0 +1,76 @@
+"""MobileNetV2 whose 1x1 convolutions are DGC layers, and its twins without gates. Not in the paper.
+
+The network is timm's. Its 1x1 convolutions hold nine tenths of the operations; the depthwise ones between
+them have one input channel each and nothing to choose. Norms and activations stay where MobileNetV2 has
+them, since its bottlenecks are linear on purpose: the DGC layers bring none of their own.
+"""
+
+from functools import partial
+
+import torch.nn as nn
+from timm.models import generate_default_cfgs
+from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights
+from timm.models.efficientnet import EfficientNet
+
+from ..conv import DynamicGroupConv2d
+from ._blocks import Connection, GatedModel, StaticGroupConv2d
+from ._registration import imagenet_cfg, register_network, with_twins
+
+__all__ = ["DGCMobileNetV2"]
+
+# Kind of block, repeats, kernel, stride, expansion and channels of each stage (Sandler et al., CVPR 2018, table 2).
+_STAGES = [
+    ["ds_r1_k3_s1_c16"],
+    ["ir_r2_k3_s2_e6_c24"],
+    ["ir_r3_k3_s2_e6_c32"],
+    ["ir_r4_k3_s2_e6_c64"],
+    ["ir_r3_k3_s1_e6_c96"],
+    ["ir_r3_k3_s2_e6_c160"],
+    ["ir_r1_k3_s1_e6_c320"],
+]
+
+
+class DGCMobileNetV2(GatedModel, EfficientNet):
+    """timm's MobileNetV2 with DGC layers in place of its 1x1 convolutions.
+
+    Args:
+        heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
+        connection: "dgc", or "dense" for the ordinary MobileNetV2, where the three arguments above have no effect, or
+            "sgc" for ordinary group convolutions with as many groups as `heads`.
+        kwargs: of `timm.models.efficientnet.EfficientNet`.
+
+    Raises:
+        ValueError: heads does not divide the channels.
+    """
+
+    def __init__(
+        self,
+        heads: int = 4,
+        squeeze_rate: int = 16,
+        gate_factor: float = 0.25,
+        connection: Connection = "dgc",
+        **kwargs,
+    ):
+        super().__init__(decode_arch_def(_STAGES), **{"act_layer": nn.ReLU6, **kwargs})
+        if connection == "dense":
+            return
+        gated = partial(
+            DynamicGroupConv2d.like, heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, preact=False
+        )
+        for name, conv in list(self.named_modules()):
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
+                self.set_submodule(name, gated(conv) if connection == "dgc" else StaticGroupConv2d(conv, heads))
+        if connection == "dgc":
+            self.settle_norms()
+        else:
+            efficientnet_init_weights(self)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: imagenet_cfg(first_conv="conv_stem", classifier="classifier", pool_size=(7, 7))
+        for name in with_twins("dgc_mobilenetv2_100")
+    }
+)
+
+register_network(DGCMobileNetV2, "dgc_mobilenetv2_100", feature_cfg=dict(feature_cls="getter"))
