@@ -9,8 +9,9 @@ if "DGC_FASTAI_RECIPE_ONLY" not in _os.environ:
     from .callbacks import AnnealGates
     from .checkpoint import load_checkpoint, save_checkpoint
     from .conv import DynamicGroupConv2d, gate_penalty, set_progress
+    from .convert import convert
     from .errors import CheckpointError, RecipeError
-    from .learner import build_learner
+    from .learner import build_learner, dgc_learner
     from .recipe import load_recipe
 
     __all__ = [
@@ -20,6 +21,8 @@ if "DGC_FASTAI_RECIPE_ONLY" not in _os.environ:
         "RecipeError",
         "budget",
         "build_learner",
+        "convert",
+        "dgc_learner",
         "gate_penalty",
         "load_checkpoint",
         "load_recipe",

@@ -74,8 +74,9 @@ def budget(model: nn.Module, input_size: Union[int, Sequence[int]]) -> Budget:
         try:
             # On the meta device shapes are computed and nothing else is.
             counter.twin(torch.empty(1, *shape, device="meta"))
-        except RuntimeError as error:
-            raise ValueError(f"the network cannot take images of {shape}: {str(error).splitlines()[0]}") from None
+        except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the network cannot take images of {shape}: {reason}") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Budget(tuple(counter.layers), counter.operations, parameters)
 
@@ -86,7 +87,7 @@ class _Counter:
     def __init__(self, model: nn.Module):
         self.layers: list[LayerBudget] = []
         self.operations = 0.0
-        self.twin = copy.deepcopy(model).to("meta").eval()
+        self.twin = copy.deepcopy(model).to("meta").float().eval()
         self.inactive = {
             name: 0 if module.inactive_channels.is_meta else int(module.inactive_channels)
             for name, module in model.named_modules()
@@ -119,9 +120,10 @@ class _Counter:
         target = channels - num_inactive(channels, module.gate_factor, 1)
         now = channels - self.inactive[name]
         self._add(name, module, output, *(kept * per_channel + gates for kept in (target, now)), channels * per_channel)
-        # ReLU and pooling read the whole input; each head has two ReLUs, a bias and a product with the gates.
+        # Pooling, and ReLU where it is the layer's own, read the whole input; each head has two ReLUs, a bias and a
+        # product with the gates.
         hidden = module.gates.squeeze.shape[1]
-        self.operations += 2 * x[0].numel() + module.heads * (hidden + 3 * channels) + gates
+        self.operations += (2 if module.preact else 1) * x[0].numel() + module.heads * (hidden + 3 * channels) + gates
         self.operations += channels * per_channel * module.gate_factor
 
     def conv(self, name: str, module: nn.Conv2d, x: Tensor, output: Tensor) -> None:

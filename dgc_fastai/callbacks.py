@@ -19,17 +19,19 @@ class AnnealGates(Callback):
     that is logged. Every epoch logs three columns: `inactive`, the share of all gated input channels that
     are dropped; `lasso`, the penalty's mean over the epoch, not weighted; `lr`, the learning rate.
 
-    `lr_find` leaves the gates where they are. A model without DGC layers trains as it would without the
-    callback.
+    `lr_find` leaves the gates where they are, and so does training layers whose gates are frozen: in `fine_tune`
+    they close after the body is unfrozen. A model without DGC layers trains as it would without the callback.
 
     Args:
         lasso: weight of the penalty (lambda in the paper, which takes 1e-5).
+        anneal: move the gates; without, all stay where they are, as when a network is trained further whose
+            gates have closed.
     """
 
     order = 5  # before GradientAccumulation (6) divides the loss and MixedPrecision (10) scales it
 
-    def __init__(self, lasso: float = 1e-5):
-        self.lasso = lasso
+    def __init__(self, lasso: float = 1e-5, anneal: bool = True):
+        self.lasso, self.anneal = lasso, anneal
         self.columns = [
             ValueMetric(self._inactive, "inactive"),
             ValueMetric(self._mean_penalty, "lasso"),
@@ -45,11 +47,13 @@ class AnnealGates(Callback):
         self.penalty, self.steps = 0.0, 0
 
     def before_batch(self):
-        if self.training and not hasattr(self.learn, "lr_finder"):
+        if self.training and self.anneal and not hasattr(self.learn, "lr_finder"):
             # fastai adds up pct_train step by step. Its rounding error is enough to turn an exact half, and with
             # it the number of channels, the other way, so take the nearest whole number of steps.
             steps = self.n_iter * self.n_epoch
-            set_progress(self.model, round(self.pct_train * steps) / steps)
+            for layer in dgc_layers(self.model):
+                if layer.gates.bias.requires_grad:
+                    set_progress(layer, round(self.pct_train * steps) / steps)
 
     def after_loss(self):
         if not self.training:
