@@ -33,14 +33,15 @@ def convert(
     Left as they are: convolutions with groups, with fewer than eight input channels, such as the first, or with a
     number of output channels that heads does not divide; those that see a single pixel, as in squeeze-and-excitation
     and in heads; subclasses of `nn.Conv2d`, and convolutions with hooks, that do more than convolve. Each one and its
-    reason goes to the log, at level INFO.
+    reason goes to the log, at level INFO. Networks whose branches are merged after training, such as RepVGG and
+    MobileOne, are to be merged before.
 
     Args:
         model: changed in place. Optimisers of its parameters have to be made anew.
         heads, gate_factor, squeeze_rate: of every DGC layer, see `DynamicGroupConv2d`.
         skip: names of modules to leave as they are, with wildcards: `"layer1.*"`.
-        input_size: (channels, height, width) of the images it is for; by default that of the network's `default_cfg`,
-            else 224 x 224.
+        input_size: (channels, height, width) of the images it is for; by default those of timm's `default_cfg`, or
+            224 px.
 
     Returns:
         The same model.
@@ -82,10 +83,9 @@ def convert(
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
-    if getattr(model, "default_cfg", None):
-        return tuple(model.default_cfg["input_size"])
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return (first.in_channels if first else 3, 224, 224)
+    area = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    return first.in_channels if first else 3, *area
 
 
 def _reason_against(conv: nn.Conv2d, output: Optional[tuple[int, ...]], heads: int, squeeze_rate: int) -> Optional[str]:

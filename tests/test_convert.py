@@ -10,8 +10,49 @@ import torch.nn.functional as F
 import torchvision
 from golden import close, evaluating
 
-from dgc_fastai import DynamicGroupConv2d, budget, convert, set_progress
+from dgc_fastai import DynamicGroupConv2d, budget, convert, gate_penalty, set_progress
 from dgc_fastai.conv import dgc_layers
+
+# Nobody picked these: of timm 1.0.31's 424 networks under 60 M parameters that are made of convolutions, norms and up to
+# three linear layers, every tenth in timm's order, and of those 43 the ten with the fewest operations.
+EVERY_TENTH = [
+    "ghostnetv3_100",
+    "lcnetv2_small",
+    "mixnet_m",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "regnety_006",
+    "repghostnet_058",
+    "tf_efficientnet_lite1",
+    "tf_mixnet_l",
+    "tinynet_b",
+]
+
+
+@pytest.mark.parametrize("name", EVERY_TENTH)
+def test_networks_that_nobody_picked(name):
+    x, target = torch.randn(4, 3, 64, 64), torch.arange(4)
+    model = timm.create_model(name, num_classes=7).eval()
+    with torch.no_grad():
+        expected = model(x)
+        close(convert(model)(x), expected, 1e-4)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.003, momentum=0.9)
+    losses = []
+    for step in range(10):  # the first of a hundred
+        set_progress(model, step / 100)
+        loss = F.cross_entropy(model(x), target) + 1e-5 * gate_penalty(model)
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    for layer in dgc_layers(model):
+        assert layer.gates.excite.grad.any() and layer.weight.grad.any()
+
+
+def test_convolutions_that_do_more_than_convolve_are_refused():
+    with pytest.raises(ValueError, match="NormFreeNet has no convolution to convert .stem.conv: a ScaledStdConv2d"):
+        convert(timm.create_model("nf_seresnet26"))
 
 
 def plain(channels=8, **kwargs):

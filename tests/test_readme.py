@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from test_data import write_imagenet
 
+from dgc_fastai.conv import dgc_layers
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -14,12 +16,12 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def test_python_examples_run(tmp_path, monkeypatch):
+def test_python_examples_run(tmp_path, monkeypatch, capsys):
     write_imagenet(tmp_path, classes=("cat", "dog"), train=12, valid=1)
     (tmp_path / "train").rename(tmp_path / "pictures")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    timm_example, fastai_example, notebook = blocks("python")
+    timm_example, fastai_example, convert_example, loop, notebook = blocks("python")
     names = {}
     exec(timm_example, names)
     assert names["model"].training and sum(p.numel() for p in names["model"].parameters()) == 12_335_144
@@ -29,6 +31,10 @@ def test_python_examples_run(tmp_path, monkeypatch):
     learn = names["learn"]
     assert learn.recorder.metric_names[-4:] == ["inactive", "lasso", "lr", "time"]
     assert learn.recorder.values[-1][-3] == 0.75
+    exec(convert_example, {})
+    assert re.search(r"\d+ of 1814 M multiply-accumulates\n", capsys.readouterr().out)
+    exec(loop, looped := {})
+    assert looped["loss"].isfinite() and dgc_layers(looped["model"])[0].inactive_channels == 12
     exec(notebook.replace("16, 1e-2", "1, 1e-2, cbs=[ShortEpochCallback(0.1)]"), names)
     assert torch.isfinite(torch.tensor(names["learn"].recorder.losses)).all()
 

@@ -1,5 +1,6 @@
 """What the families share: a convolution's place in a network and its twins, and norms fit to be evaluated."""
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -61,13 +62,14 @@ class GatedModel(nn.Module):
         # Images stay in bounds if they are no more extreme than what was seen here: hence noise from one colour to
         # single pixels, from faint to three standard deviations.
         side = max(32, 4 * self.feature_info[-1]["reduction"])
-        generator = torch.Generator().manual_seed(0)
-        noise = [
-            strength * F.interpolate(torch.randn(1, first.in_channels, n, n, generator=generator), (side, side))
-            for n in (1, 2, 4, 8, side)
-            for strength in (0.3, 1, 3)
-        ]
-        noise = torch.cat(noise)
+        draw = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        noise = torch.cat(
+            [
+                strength * F.interpolate(draw(1, first.in_channels, grain, grain), (side, side))
+                for grain in (1, 2, 4, 8, side)
+                for strength in (0.3, 1, 3)
+            ]
+        )
 
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
