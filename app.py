@@ -74,12 +74,10 @@ def check(recipe: RecipeFile, /, *overrides: Overrides) -> None:
     plan = load_recipe(recipe, overrides)
     preflight(plan)
     with console.status("Starting torch and timm"):
-        from dgc_fastai.budget import budget
-        from dgc_fastai.data import input_size
         from dgc_fastai.display import show_budget, show_recipe
-        from dgc_fastai.learner import build_model
+        from dgc_fastai.learner import network_cost
 
-        cost = budget(build_model(plan), input_size(plan.data))
+        cost = network_cost(plan)
     show_recipe(console, plan)
     show_budget(console, cost, every_layer=True)
 

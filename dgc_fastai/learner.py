@@ -24,7 +24,7 @@ from fastcore.meta import delegates
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
 from . import models  # noqa: F401  (registers the networks)
-from .budget import budget
+from .budget import Budget, budget
 from .callbacks import AnnealGates, AverageWeights, MixUpOrCutMix
 from .data import build_dataloaders, class_names, input_size
 from .errors import RecipeError
@@ -39,6 +39,7 @@ __all__ = [
     "dgc_learner",
     "evaluate",
     "fit",
+    "network_cost",
     "select_device",
 ]
 
@@ -71,8 +72,8 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_model(recipe: Recipe, classes: Optional[int] = None) -> torch.nn.Module:
-    """The recipe's network with fresh weights, sized for its data.
+def network_cost(recipe: Recipe, classes: Optional[int] = None) -> Budget:
+    """What the recipe's network costs, without any memory being spent on it.
 
     Args:
         classes: how many; by default the data is asked.
@@ -80,18 +81,28 @@ def build_model(recipe: Recipe, classes: Optional[int] = None) -> torch.nn.Modul
     Raises:
         RecipeError: the network's keywords do not go together, or with the size of the images.
     """
-    classes, size = classes or len(class_names(recipe.data)), input_size(recipe.data)
-    create = partial(
-        timm.create_model, recipe.model.arch, num_classes=classes, in_chans=size[0], **recipe.model.keywords()
-    )
     try:
-        with torch.device("meta"):  # what it would be like, before any memory is spent on it
-            cost = budget(create(), size)
+        with torch.device("meta"):
+            cost = budget(_create(recipe, classes), input_size(recipe.data))
         if cost.parameters > MOST_PARAMETERS:
             raise ValueError(f"{cost.parameters:,} parameters; {MOST_PARAMETERS:,} is the most that is tried")
-        return create()
+        return cost
     except ValueError as error:
         raise RecipeError(f"model: {error}") from None
+
+
+def build_model(recipe: Recipe, classes: Optional[int] = None) -> torch.nn.Module:
+    """The recipe's network with fresh weights, sized for its data.
+
+    Args, Raises: as `network_cost`, which is asked first.
+    """
+    network_cost(recipe, classes)
+    return _create(recipe, classes)
+
+
+def _create(recipe: Recipe, classes: Optional[int]) -> torch.nn.Module:
+    classes, channels = classes or len(class_names(recipe.data)), input_size(recipe.data)[0]
+    return timm.create_model(recipe.model.arch, num_classes=classes, in_chans=channels, **recipe.model.keywords())
 
 
 class RecipeLearner(Learner):

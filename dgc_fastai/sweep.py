@@ -15,7 +15,7 @@ from .data import input_size
 from .display import to_png
 from .errors import RecipeError
 from .files import write_atomically, write_table
-from .learner import build_learner, build_model
+from .learner import build_learner, network_cost
 from .preflight import preflight
 from .recipe import Recipe, load_recipe
 from .run import train
@@ -58,7 +58,7 @@ def plan_sweep(recipe: Path, overrides: Sequence[str]) -> tuple[Path, dict[str, 
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{first.name}-{label.replace('=', '-')}")[:100].rstrip("-")
         plans[label] = load_recipe(recipe, [*combination, f"name={name}", f"output={folder}"])
         preflight(plans[label])
-        build_model(plans[label])
+        network_cost(plans[label])
     return folder, plans
 
 

@@ -1,8 +1,15 @@
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Two workers of two threads each on two cores wait for each other: each worker gets its share, for its child processes,
+# too. Before torch is imported, which reads this once.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -49,6 +49,26 @@ def test_one_layer_by_hand():
         assert row.parameters == sum(p.numel() for p in layer.parameters())
 
 
+def test_operations_of_a_layer_without_norm_and_relu_by_hand():
+    # 8 -> 4, 1x1 on 3 px, one head with one hidden unit: pooling reads 72 values; 1 + 8 + 8 + 8 for the gate's ReLUs,
+    # bias and product, 16 for its linear layers; half of 8 channels for 4 outputs at 9 places.
+    layers = [
+        DynamicGroupConv2d(8, 4, 1, heads=1, gate_factor=0.5, bias=bias, preact=preact)
+        for bias, preact in ((False, False), (True, False), (False, True))
+    ]
+    without, biased, with_relu = (budget(layer, (8, 3, 3)) for layer in layers)
+    assert without.operations == biased.operations == 72 + 25 + 16 + 4 * 4 * 9
+    assert with_relu.operations == without.operations + 72
+    assert without.macs == with_relu.macs
+    assert (biased.parameters, with_relu.parameters) == (without.parameters + 4, without.parameters + 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
+def test_the_type_of_the_weights_does_not_matter(dtype):
+    model = timm.create_model("dgc_densenet22")
+    assert budget(model.to(dtype), 32) == budget(timm.create_model("dgc_densenet22"), 32)
+
+
 def test_totals_are_the_sums_and_the_model_is_left_alone():
     model = timm.create_model("dgc_densenet86", stages=(2, 2), growth=(8, 16), num_classes=10, in_chans=1).train()
     model(torch.randn(2, 1, 16, 16))

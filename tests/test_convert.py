@@ -13,8 +13,8 @@ from golden import close, evaluating
 from dgc_fastai import DynamicGroupConv2d, budget, convert, gate_penalty, set_progress
 from dgc_fastai.conv import dgc_layers
 
-# Nobody picked these: of timm 1.0.31's 424 networks under 60 M parameters that are made of convolutions, norms and up to
-# three linear layers, every tenth in timm's order, and of those 43 the ten with the fewest operations.
+# Nobody picked these: of timm 1.0.31's 424 networks under 60 M parameters that are made of convolutions, norms and at
+# most three linear layers, every tenth in timm's order, and of those 43 the ten with the fewest operations.
 EVERY_TENTH = [
     "ghostnetv3_100",
     "lcnetv2_small",

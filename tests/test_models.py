@@ -3,6 +3,7 @@
 import copy
 import re
 from functools import partial
+from unittest import mock
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from timm.optim import param_groups_weight_decay
 
 from dgc_fastai import AnnealGates, DynamicGroupConv2d, gate_penalty, set_progress
 from dgc_fastai.conv import dgc_layers
+from dgc_fastai.models import dgc_mobilenet
 from dgc_fastai.models._blocks import StaticGroupConv2d
 
 NAMES = [
@@ -39,7 +41,9 @@ KINDS = ["dgc_densenet22", "dgc_mobilenetv2_100", "dgc_resnet18", "dgc_resnet50"
 
 def small(name, **kwargs):
     sizes = next(sizes for family, sizes in FAMILIES.items() if family in name)
-    return timm.create_model(name, **{**sizes, "num_classes": 7, **kwargs})
+    shallow = [[re.sub(r"_r\d", "_r1", block) for block in stage] for stage in dgc_mobilenet._STAGES]
+    with mock.patch.object(dgc_mobilenet, "_STAGES", shallow):  # MobileNetV2's depth is not a keyword
+        return timm.create_model(name, **{**sizes, "num_classes": 7, **kwargs})
 
 
 def test_the_networks_are_in_timm_s_registry():
@@ -101,6 +105,9 @@ def test_densenet_keywords():
         timm.create_model("dgc_densenet86", stages=(1, 2, 3), growth=(8, 8))
     with pytest.raises(ValueError, match="group_3x3=3"):
         timm.create_model("dgc_densenet86", group_3x3=3)
+    for name in ("dgc_densenet22", "dgc_resnet18", "dgc_mobilenetv2_100"):
+        with pytest.raises(ValueError, match="connection='sparse' is none of dgc, dense, sgc"):
+            timm.create_model(name, connection="sparse")
     for name in ("dgc_resnet18", "dgc_resnet18_sgc", "dgc_densenet86_sgc"):
         with pytest.raises(ValueError, match="heads=3"):
             timm.create_model(name, heads=3)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..conv import DynamicGroupConv2d
 
-__all__ = ["Connection", "GatedModel", "StaticGroupConv2d"]
+__all__ = ["Connection", "GatedModel", "StaticGroupConv2d", "connect"]
 
 Connection = Literal["dgc", "dense", "sgc"]
 
@@ -37,6 +37,25 @@ class StaticGroupConv2d(nn.Sequential):
             bias=conv.bias is not None,
         )
         super().__init__(grouped.to(device=conv.weight.device, dtype=conv.weight.dtype), nn.ChannelShuffle(heads))
+
+
+def connect(conv: nn.Conv2d, connection: Connection, preact: bool = True, **gating) -> nn.Module:
+    """What takes the place of a convolution: a DGC layer, itself ("dense"), or a group convolution ("sgc").
+
+    Args:
+        gating: `heads`, `squeeze_rate` and `gate_factor`.
+        preact: see `DynamicGroupConv2d`.
+
+    Raises:
+        ValueError: heads does not divide the channels, or there is no such connection.
+    """
+    if connection == "dgc":
+        return DynamicGroupConv2d.like(conv, preact=preact, **gating)
+    if connection == "sgc":
+        return StaticGroupConv2d(conv, gating["heads"])
+    if connection == "dense":
+        return conv
+    raise ValueError(f"connection={connection!r} is none of dgc, dense, sgc")
 
 
 class GatedModel(nn.Module):

@@ -15,7 +15,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from ..conv import DynamicGroupConv2d
-from ._blocks import Connection, GatedModel, StaticGroupConv2d
+from ._blocks import Connection, GatedModel, connect
 from ._registration import imagenet_cfg, register_network, with_twins
 
 __all__ = ["DGCDenseNet"]
@@ -107,20 +107,14 @@ class DGCDenseNet(GatedModel):
         self.num_classes = num_classes
         self.in_chans = in_chans
 
+        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
+
         def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
-            if connection == "dgc":
-                return DynamicGroupConv2d(
-                    in_channels,
-                    out_channels,
-                    kernel_size=1,
-                    heads=heads,
-                    squeeze_rate=squeeze_rate,
-                    gate_factor=gate_factor,
-                )
-            plain = NormReluConv(in_channels, out_channels, kernel_size=1)
-            if connection == "sgc":
-                plain.conv = StaticGroupConv2d(plain.conv, heads)
-            return plain
+            if connection == "dgc":  # norm and ReLU are its own
+                return DynamicGroupConv2d(in_channels, out_channels, kernel_size=1, **gating)
+            block = NormReluConv(in_channels, out_channels, kernel_size=1)
+            block.conv = connect(block.conv, connection, **gating)
+            return block
 
         channels, reduction = 2 * growth[0], stem_stride
         self.stem = nn.Conv2d(in_chans, channels, 3, stride=stem_stride, padding=1, bias=False)

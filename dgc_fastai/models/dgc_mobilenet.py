@@ -5,15 +5,12 @@ them have one input channel each and nothing to choose. Norms and activations st
 them, since its bottlenecks are linear on purpose: the DGC layers bring none of their own.
 """
 
-from functools import partial
-
 import torch.nn as nn
 from timm.models import generate_default_cfgs
 from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights
 from timm.models.efficientnet import EfficientNet
 
-from ..conv import DynamicGroupConv2d
-from ._blocks import Connection, GatedModel, StaticGroupConv2d
+from ._blocks import Connection, GatedModel, connect
 from ._registration import imagenet_cfg, register_network, with_twins
 
 __all__ = ["DGCMobileNetV2"]
@@ -52,17 +49,13 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
         **kwargs,
     ):
         super().__init__(decode_arch_def(_STAGES), **{"act_layer": nn.ReLU6, **kwargs})
-        if connection == "dense":
-            return
-        gated = partial(
-            DynamicGroupConv2d.like, heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, preact=False
-        )
+        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
         for name, conv in list(self.named_modules()):
             if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
-                self.set_submodule(name, gated(conv) if connection == "dgc" else StaticGroupConv2d(conv, heads))
+                self.set_submodule(name, connect(conv, connection, preact=False, **gating))
         if connection == "dgc":
             self.settle_norms()
-        else:
+        elif connection == "sgc":
             efficientnet_init_weights(self)
 
 

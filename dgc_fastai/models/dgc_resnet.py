@@ -8,8 +8,7 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..conv import DynamicGroupConv2d
-from ._blocks import Connection, GatedModel, StaticGroupConv2d
+from ._blocks import Connection, GatedModel, connect
 from ._registration import imagenet_cfg, register_network, with_twins
 
 __all__ = ["DGCResNet"]
@@ -39,18 +38,13 @@ class DGCResNet(GatedModel, ResNet):
     ):
         # The authors' network, like torchvision's, does not start residual branches at zero.
         super().__init__(*args, zero_init_last=False, **kwargs)
-        if connection == "dense":
-            return
         gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
         for name, conv in list(self.named_modules()):
             if name.startswith("layer") and isinstance(conv, nn.Conv2d):
-                if connection == "dgc":
-                    self.set_submodule(name, DynamicGroupConv2d.like(conv, **gating))
-                else:
-                    self.set_submodule(name, StaticGroupConv2d(conv, heads))
+                self.set_submodule(name, connect(conv, connection, **gating))
         if connection == "dgc":
             self.settle_norms()
-        else:
+        elif connection == "sgc":
             self.init_weights(zero_init_last=False)
 
 
