@@ -167,6 +167,11 @@ def test_what_cannot_be_converted_is_refused_and_left_alone():
         assert not dgc_layers(model)
 
 
+def test_images_of_other_channels_than_the_configuration_s():
+    model = timm.create_model("resnet10t", in_chans=1, num_classes=7)
+    assert len(dgc_layers(convert(model))) == 13 and model(torch.randn(2, 1, 64, 64)).shape == (2, 7)
+
+
 def test_a_shared_convolution_stays_shared():
     conv = torch.nn.Conv2d(8, 8, 3, padding=1)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), conv, torch.nn.ReLU(), conv)

@@ -100,7 +100,7 @@ def test_dgc_learner_builds_the_paper_s_network(dls, tmp_path):
     body, head = learn.splitter(learn.model)
     assert {id(p) for p in head} == {id(p) for p in learn.model.classifier.parameters()}
     assert len(body) + len(head) == len(list(learn.model.parameters()))
-    again = dgc_learner(dls, "dgc_densenet22", normalize=False, **TINY)
+    again = dgc_learner(dls, "dgc_densenet22", **TINY)
     assert len(dls.after_batch.fs.filter(lambda f: isinstance(f, Normalize))) == 1
     save_checkpoint(learn.model, tmp_path / "net.safetensors")
     load_checkpoint(again.model, tmp_path / "net.safetensors")

@@ -92,6 +92,7 @@ def test_every_keyword_of_the_method_reaches_every_layer(name):
     model = small(name, heads=2, squeeze_rate=8, gate_factor=0.5, in_chans=1, drop_rate=0.1)
     layers = dgc_layers(model)
     assert {(layer.heads, layer.squeeze_rate, layer.gate_factor) for layer in layers} == {(2, 8, 0.5)}
+    assert {layer.preact for layer in layers} == {"mobilenet" not in name}  # its bottlenecks are linear
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
 
 
@@ -188,6 +189,7 @@ def test_twins_of_timm_s_networks_start_as_timm_s(name):
 def test_a_new_network_can_be_evaluated(name):
     # Gates multiply features by features: with the usual statistics of a new batch norm this overflows to NaN.
     model = timm.create_model(name, num_classes=7)
+    assert all(module.training for module in model.modules())
     size = model.default_cfg["input_size"]
     with torch.no_grad():
         for scale in (0, 0.1, 1, 2):
