@@ -276,11 +276,8 @@ _LEARNER_KEYWORDS = inspect.signature(Learner).parameters.keys()
 
 
 def _body_and_classifier(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-    """A network's parameters in two groups; its classifier is the one timm knows of, or its last module."""
-    if hasattr(model, "get_classifier"):
-        last = list(model.get_classifier().parameters())
-    else:
-        last = [list(child.parameters()) for child in model.children() if list(child.parameters())][-1]
+    """A network's parameters in two groups; the second is of its last module, the classifier."""
+    last = [list(child.parameters()) for child in model.children() if list(child.parameters())][-1]
     rest = [parameter for parameter in model.parameters() if not any(parameter is other for other in last)]
     return [group for group in (rest, last) if group]
 

@@ -58,7 +58,7 @@ def test_convolutions_that_do_more_than_convolve_are_refused():
 def plain(channels=8, **kwargs):
     """A network whose middle convolution is the one in question."""
     conv = torch.nn.Conv2d(channels, kwargs.pop("out", 8), kwargs.pop("kernel_size", 3), **kwargs)
-    return torch.nn.Sequential(torch.nn.Conv2d(3, channels, 3), torch.nn.ReLU(), conv)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, channels, 3), torch.nn.Tanh(), conv)
 
 
 @pytest.mark.parametrize("make", [torchvision.models.vgg11_bn, torchvision.models.mobilenet_v2])
