@@ -47,12 +47,12 @@ def convert(
         The same model.
 
     Raises:
-        ValueError: there is no convolution to replace, heads is less than 1, gate_factor is outside (0, 1], or the
-            network does not take such images. The model is then as it was.
+        ValueError: there is no convolution to replace, heads is less than 1 or squeeze_rate less than 2, gate_factor
+            is outside (0, 1], or the network does not take such images. The model is then as it was.
     """
     patterns = [skip] if isinstance(skip, str) else list(skip)
-    if heads < 1:
-        raise ValueError(f"heads={heads} is less than 1")
+    if heads < 1 or squeeze_rate < 2:
+        raise ValueError(f"heads={heads} or squeeze_rate={squeeze_rate} is too small")
     counted = budget(model, input_size or _input_size(model)).layers
     shapes = {model.get_submodule(layer.name): layer.output for layer in counted}
     layers: dict[nn.Module, DynamicGroupConv2d] = {}

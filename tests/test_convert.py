@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from golden import close, evaluating
+from golden import close, equal_states, evaluating
 
 from dgc_fastai import DynamicGroupConv2d, budget, convert, gate_penalty, set_progress
 from dgc_fastai.conv import dgc_layers
@@ -160,11 +160,12 @@ def test_what_cannot_be_converted_is_refused_and_left_alone():
         convert(timm.create_model("vit_tiny_patch16_224", depth=1), input_size=(3, 32, 32))
     with pytest.raises(ValueError, match="^Linear has no convolution to convert$"):
         convert(torch.nn.Linear(224, 2))
-    for wrong in (dict(heads=0), dict(gate_factor=0), dict(skip="*")):
+    for wrong in (dict(heads=0), dict(squeeze_rate=1), dict(gate_factor=0), dict(skip="*")):
         model = plain()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with pytest.raises(ValueError):
             convert(model, **wrong)
-        assert not dgc_layers(model)
+        assert equal_states(model.state_dict(), before)
 
 
 def test_images_of_other_channels_than_the_configuration_s():
