@@ -102,6 +102,8 @@ def test_densenet_keywords():
         (16, 16), (24, 32), (40, 32), (56, 32),
     ]  # fmt: skip
     assert {m.groups for m in model.modules() if isinstance(m, torch.nn.Conv2d)} == {1, 8}
+    features = timm.create_model("dgc_densenet22", stages=(1, 1, 1, 2), growth=(4, 4, 4, 8), features_only=True)
+    assert [f.shape[-1] for f in features(torch.randn(2, 3, 32, 32))] == [32, 16, 8, 4]
     with pytest.raises(ValueError, match="differ in length"):
         timm.create_model("dgc_densenet86", stages=(1, 2, 3), growth=(8, 8))
     with pytest.raises(ValueError, match="group_3x3=3"):

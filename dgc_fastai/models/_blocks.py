@@ -1,7 +1,7 @@
 """What the families share: a convolution's place in a network and its twins, and norms fit to be evaluated."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -60,6 +60,11 @@ def connect(conv: nn.Conv2d, connection: Connection, preact: bool = True, **gati
 
 class GatedModel(nn.Module):
     """Mixed into every family: what DGC adds to timm's contract for a model."""
+
+    @staticmethod
+    def feature_cfg(keywords: dict[str, Any]) -> dict[str, Any]:
+        """How timm takes features from a network of these keywords; timm changes it, so each call gets a new one."""
+        return {}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

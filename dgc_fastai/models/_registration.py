@@ -1,12 +1,12 @@
 """How a network and its twins without gates are made known to timm."""
 
-import copy
 import sys
 from typing import Any
 
-import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model
+
+from ._blocks import GatedModel
 
 _TWINS = {"": "dgc", "_dense": "dense", "_sgc": "sgc"}
 
@@ -16,22 +16,23 @@ def with_twins(*names: str) -> list[str]:
     return [name + suffix for name in names for suffix in _TWINS]
 
 
-def register_network(network: type[nn.Module], name: str, **defaults: Any) -> None:
+def register_network(network: type[GatedModel], name: str, **defaults: Any) -> None:
     """Register a network with timm, and its `_dense` and `_sgc` twins.
 
     Args:
         network: the class; its module has a `default_cfgs` with all three names.
         name: what `timm.create_model` shall know it by.
-        defaults: keywords of `network`, or of timm's `build_model_with_cfg`.
+        defaults: keywords of `network`.
     """
     for suffix, connection in _TWINS.items():
         register_model(_entry_point(network, name + suffix, {**defaults, "connection": connection}))
 
 
-def _entry_point(network: type[nn.Module], name: str, defaults: dict[str, Any]):
-    def create(pretrained: bool = False, **kwargs) -> nn.Module:
-        # timm takes the feature configuration apart, so each call gets one of its own.
-        return build_model_with_cfg(network, name, pretrained, **{**copy.deepcopy(defaults), **kwargs})
+def _entry_point(network: type[GatedModel], name: str, defaults: dict[str, Any]):
+    def create(pretrained: bool = False, **kwargs) -> GatedModel:
+        keywords = {**defaults, **kwargs}
+        keywords.setdefault("feature_cfg", network.feature_cfg(keywords))
+        return build_model_with_cfg(network, name, pretrained, **keywords)
 
     # timm registers a function of a module by its name.
     create.__name__ = create.__qualname__ = name

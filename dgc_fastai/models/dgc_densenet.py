@@ -82,6 +82,11 @@ class DGCDenseNet(GatedModel):
         ValueError: stages and growth differ in length, or heads or group_3x3 divides none of its channels.
     """
 
+    @staticmethod
+    def feature_cfg(keywords: dict[str, Any]) -> dict[str, Any]:
+        # The feature taps are stages, whatever their number.
+        return dict(flatten_sequential=True, out_indices=tuple(range(len(keywords["stages"]))))
+
     def __init__(
         self,
         stages: Sequence[int] = (14, 14, 14),
@@ -253,14 +258,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _register(name: str, stages: tuple[int, ...], **defaults: Any) -> None:
-    # The feature taps are stages, whatever their number.
-    feature_cfg = dict(flatten_sequential=True, out_indices=tuple(range(len(stages))))
-    register_network(DGCDenseNet, name, stages=stages, feature_cfg=feature_cfg, **defaults)
-
-
 # As published for CIFAR, 32 px, and for ImageNet, 224 px, both with gate factor 0.25.
-_register("dgc_densenet86", (14, 14, 14), growth=(8, 16, 32))
-_register("dgc_condensenet74", (4, 6, 8, 10, 8), growth=(8, 16, 32, 64, 128), stem_stride=2)
+register_network(DGCDenseNet, "dgc_densenet86", stages=(14, 14, 14), growth=(8, 16, 32))
+register_network(DGCDenseNet, "dgc_condensenet74", stages=(4, 6, 8, 10, 8), growth=(8, 16, 32, 64, 128), stem_stride=2)
 # An eighth of dgc_densenet86's operations, for machines without a GPU.
-_register("dgc_densenet22", (3, 3, 4), growth=(8, 16, 32))
+register_network(DGCDenseNet, "dgc_densenet22", stages=(3, 3, 4), growth=(8, 16, 32))

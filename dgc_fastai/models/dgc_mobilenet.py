@@ -5,6 +5,8 @@ them have one input channel each and nothing to choose. Norms and activations st
 them, since its bottlenecks are linear on purpose: the DGC layers bring none of their own.
 """
 
+from typing import Any
+
 import torch.nn as nn
 from timm.models import generate_default_cfgs
 from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights
@@ -40,6 +42,10 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
         ValueError: heads does not divide the channels.
     """
 
+    @staticmethod
+    def feature_cfg(keywords: dict[str, Any]) -> dict[str, Any]:
+        return dict(feature_cls="getter")
+
     def __init__(
         self,
         heads: int = 4,
@@ -66,4 +72,4 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-register_network(DGCMobileNetV2, "dgc_mobilenetv2_100", feature_cfg=dict(feature_cls="getter"))
+register_network(DGCMobileNetV2, "dgc_mobilenetv2_100")
