@@ -51,9 +51,10 @@ class AnnealGates(Callback):
             # fastai adds up pct_train step by step. Its rounding error is enough to turn an exact half, and with
             # it the number of channels, the other way, so take the nearest whole number of steps.
             steps = self.n_iter * self.n_epoch
+            progress = round(self.pct_train * steps) / steps
             for layer in dgc_layers(self.model):
                 if layer.gates.bias.requires_grad:
-                    set_progress(layer, round(self.pct_train * steps) / steps)
+                    set_progress(layer, progress)
 
     def after_loss(self):
         if not self.training:

@@ -13,7 +13,7 @@ from torch.nn.modules.utils import _pair
 
 from .ops import gated_conv2d
 
-__all__ = ["DynamicGroupConv2d", "dgc_layers", "gate_penalty", "num_inactive", "set_progress"]
+__all__ = ["DynamicGroupConv2d", "dgc_layers", "gate_penalty", "num_inactive", "set_progress", "squeezed_channels"]
 
 
 def num_inactive(channels: int, gate_factor: float, progress: float) -> int:
@@ -41,14 +41,18 @@ def drop_smallest(gates: Tensor, count: Tensor) -> Tensor:
     return gates.masked_fill((gates <= threshold) & (count > 0), 0)
 
 
+def squeezed_channels(channels: int, squeeze_rate: int) -> int:
+    """Hidden units of each head's gates. Narrow layers squeeze half as much, as the authors' code does."""
+    rate = squeeze_rate // 2 if channels < 80 else squeeze_rate
+    return channels // rate if rate > 0 else 0
+
+
 class HeadGates(nn.Module):
     """The gates of all heads from the pooled features: `relu(W2 relu(W1 a) + b)`, one W1, W2, b per head."""
 
     def __init__(self, channels: int, heads: int, squeeze_rate: int):
         super().__init__()
-        # Narrow layers squeeze half as much, as the authors' code does.
-        rate = squeeze_rate // 2 if channels < 80 else squeeze_rate
-        squeezed = channels // rate if rate > 0 else 0
+        squeezed = squeezed_channels(channels, squeeze_rate)
         if squeezed < 1:
             raise ValueError(f"squeeze_rate={squeeze_rate} leaves no hidden unit for {channels} input channels")
         self.squeeze = nn.Parameter(torch.empty(heads, squeezed, channels))

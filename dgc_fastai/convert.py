@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from .budget import budget
-from .conv import DynamicGroupConv2d
+from .conv import DynamicGroupConv2d, squeezed_channels
 
 __all__ = ["convert"]
 
@@ -100,7 +100,7 @@ def _reason_against(conv: nn.Conv2d, output: Optional[tuple[int, ...]], heads: i
         return f"it has {conv.groups} groups"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return "its padding is not plain zeros"
-    if conv.in_channels < 8 or conv.in_channels < squeeze_rate / (2 if conv.in_channels < 80 else 1):
+    if conv.in_channels < 8 or squeezed_channels(conv.in_channels, squeeze_rate) < 1:
         return f"{conv.in_channels} input channels are too few to choose from"
     if conv.out_channels % heads:
         return f"heads={heads} does not divide its {conv.out_channels} output channels"

@@ -81,6 +81,7 @@ def network_cost(recipe: Recipe, classes: Optional[int] = None) -> Budget:
     Raises:
         RecipeError: the network's keywords do not go together, or with the size of the images.
     """
+    classes = classes or len(class_names(recipe.data))
     try:
         with torch.device("meta"):
             cost = budget(_create(recipe, classes), input_size(recipe.data))
@@ -96,12 +97,13 @@ def build_model(recipe: Recipe, classes: Optional[int] = None) -> torch.nn.Modul
 
     Args, Raises: as `network_cost`, which is asked first.
     """
+    classes = classes or len(class_names(recipe.data))
     network_cost(recipe, classes)
     return _create(recipe, classes)
 
 
-def _create(recipe: Recipe, classes: Optional[int]) -> torch.nn.Module:
-    classes, channels = classes or len(class_names(recipe.data)), input_size(recipe.data)[0]
+def _create(recipe: Recipe, classes: int) -> torch.nn.Module:
+    channels = input_size(recipe.data)[0]
     return timm.create_model(recipe.model.arch, num_classes=classes, in_chans=channels, **recipe.model.keywords())
 
 

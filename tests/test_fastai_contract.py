@@ -50,9 +50,7 @@ class Watch(Callback):
 
     def before_batch(self):
         if self.training:
-            layers = dgc_layers(self.model)
-            channels = sum(layer.in_channels for layer in layers)
-            self.inactive.append(sum(int(layer.inactive_channels) for layer in layers) / channels)
+            self.inactive.append(inactive(self))
 
 
 def inactive(learn):

@@ -1,5 +1,6 @@
 """What the families share: a convolution's place in a network and its twins, and norms fit to be evaluated."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -65,6 +66,19 @@ class GatedModel(nn.Module):
     def feature_cfg(keywords: dict[str, Any]) -> dict[str, Any]:
         """How timm takes features from a network of these keywords; timm changes it, so each call gets a new one."""
         return {}
+
+    @torch.jit.ignore
+    def connect_convolutions(
+        self, chosen: Callable[[str, nn.Conv2d], bool], connection: Connection, preact: bool = True, **gating
+    ) -> None:
+        """Give the chosen ones of a ready network's convolutions their connection; see `connect`.
+
+        Args:
+            chosen: tells from its name and itself whether a convolution is meant.
+        """
+        for name, conv in list(self.named_modules()):
+            if isinstance(conv, nn.Conv2d) and chosen(name, conv):
+                self.set_submodule(name, connect(conv, connection, preact, **gating))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs
 from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init_weights
 from timm.models.efficientnet import EfficientNet
 
-from ._blocks import Connection, GatedModel, connect
+from ._blocks import Connection, GatedModel
 from ._registration import imagenet_cfg, register_network, with_twins
 
 __all__ = ["DGCMobileNetV2"]
@@ -56,9 +56,7 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
     ):
         super().__init__(decode_arch_def(_STAGES), **{"act_layer": nn.ReLU6, **kwargs})
         gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
-        for name, conv in list(self.named_modules()):
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
-                self.set_submodule(name, connect(conv, connection, preact=False, **gating))
+        self.connect_convolutions(lambda name, conv: conv.kernel_size == (1, 1), connection, preact=False, **gating)
         if connection == "dgc":
             self.settle_norms()
         elif connection == "sgc":

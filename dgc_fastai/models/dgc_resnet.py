@@ -4,11 +4,10 @@ The network is timm's, so everything timm offers for a ResNet works; a DGC layer
 place and keeps the batch norm that follows it. Paper, section 4 (ResNet-18 on ImageNet).
 """
 
-import torch.nn as nn
 from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ._blocks import Connection, GatedModel, connect
+from ._blocks import Connection, GatedModel
 from ._registration import imagenet_cfg, register_network, with_twins
 
 __all__ = ["DGCResNet"]
@@ -39,9 +38,7 @@ class DGCResNet(GatedModel, ResNet):
         # The authors' network, like torchvision's, does not start residual branches at zero.
         super().__init__(*args, zero_init_last=False, **kwargs)
         gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
-        for name, conv in list(self.named_modules()):
-            if name.startswith("layer") and isinstance(conv, nn.Conv2d):
-                self.set_submodule(name, connect(conv, connection, **gating))
+        self.connect_convolutions(lambda name, conv: name.startswith("layer"), connection, **gating)
         if connection == "dgc":
             self.settle_norms()
         elif connection == "sgc":
