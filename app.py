@@ -190,6 +190,36 @@ def sweep(recipe: RecipeFile, /, *overrides: Overrides) -> None:
     console.print(f"The runs, sweep.csv and sweep.png are in {folder}.", soft_wrap=True, highlight=False)
 
 
+@app.command
+def benchmark(
+    recipe: RecipeFile,
+    /,
+    *overrides: Overrides,
+    rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 7,
+    out: Optional[Path] = None,
+) -> None:
+    """Time RECIPE's network beside its twins without gates and the authors' formulation, without its data.
+
+    Parameters
+    ----------
+    rounds
+        How often each is measured, in turn.
+    out
+        The folder for benchmark.json and benchmark.png; by default a new one below the recipe's output.
+    """
+    plan = load_recipe(recipe, overrides)
+    check_device(plan)
+    with console.status("Starting torch and timm, building the networks"):
+        from dgc_fastai.benchmark import benchmark as measure
+        from dgc_fastai.benchmark import benchmark_folder, plan_benchmark
+        from dgc_fastai.display import show_benchmark
+
+        measurements = plan_benchmark(plan)
+        folder = benchmark_folder(plan, out)
+    show_benchmark(console, measure(plan, measurements, folder, rounds, console))
+    console.print(f"benchmark.json and benchmark.png are in {folder}.", soft_wrap=True, highlight=False)
+
+
 @app.command(name="list")
 def list_recipes(folder: Path = Path(__file__).parent / "recipes", /) -> None:
     """List the recipes in FOLDER, and what each reproduces."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from .ops import gated_conv2d
+from .ops import folded_norm, gated_conv2d, norm_on_load
 
 __all__ = ["DynamicGroupConv2d", "dgc_layers", "gate_penalty", "num_inactive", "set_progress", "squeezed_channels"]
 
@@ -33,9 +33,16 @@ def num_inactive(channels: int, gate_factor: float, progress: float) -> int:
 def drop_smallest(gates: Tensor, count: Tensor) -> Tensor:
     """Zero every gate that is not above its row's `count`-th smallest, ties included.
 
-    `count` is an integer tensor of no dimensions and stays one: reading it as a Python number would stall
-    a GPU at every layer and recompile a compiled model whenever it changes.
+    `count` is an integer tensor of no dimensions. Reading it as a Python number would stall a GPU at every layer and
+    recompile a compiled model whenever it changes, so that happens in eager mode on a CPU only, where it saves the
+    sorting.
     """
+    if not torch.jit.is_scripting():
+        if gates.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            if count == 0:
+                return gates
+            threshold = gates.detach().kthvalue(int(count), dim=-1, keepdim=True).values
+            return gates.masked_fill(gates <= threshold, 0)
     ascending = gates.detach().sort(dim=-1).values
     threshold = ascending.index_select(-1, (count - 1).clamp(min=0).reshape(1))
     return gates.masked_fill((gates <= threshold) & (count > 0), 0)
@@ -172,16 +179,32 @@ class DynamicGroupConv2d(nn.Module):
         return layer.to(device=conv.weight.device, dtype=conv.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.preact:
-            x = F.relu(self.norm(x), inplace=True)
-        gates = self.gates(x.mean((2, 3), dtype=torch.float32))
+        scale: Optional[Tensor] = None
+        shift: Optional[Tensor] = None
+        if not torch.jit.is_scripting() and self._norm_on_load():
+            scale, shift, pooled = self._folded_norm(x)
+        else:
+            if self.preact:
+                x = F.relu(self.norm(x), inplace=True)
+            # Not `mean`, whose gradient is as large as x; that of a sum is a view.
+            pooled = x.sum((2, 3), dtype=torch.float32) / (x.shape[2] * x.shape[3])
+        gates = self.gates(pooled)
         if self.training:
             self.lasso = gates.mean((0, 2)).sum()
         gates = drop_smallest(gates, self.inactive_channels)
-        y = gated_conv2d(x, gates, self.weight, self.stride, self.padding, self.dilation)
+        y = gated_conv2d(x, gates, self.weight, scale, shift, self.stride, self.padding, self.dilation)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype).reshape(1, -1, 1, 1)
         return y
+
+    @torch.jit.unused
+    def _norm_on_load(self) -> bool:
+        return self.preact and type(self.norm) is nn.BatchNorm2d and norm_on_load()
+
+    @torch.jit.unused
+    def _folded_norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale, shift = folded_norm.fold(self.norm, x)
+        return scale, shift, folded_norm.Pooled.apply(x, scale, shift)
 
     def __getstate__(self) -> dict:
         # `lasso` hangs on the last forward's graph, which can be neither copied nor pickled.

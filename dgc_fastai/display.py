@@ -1,12 +1,15 @@
-"""What a person sees: the recipe, the budget, a training run as it goes, its curves."""
+"""What a person sees: the recipe, the budget, a training run as it goes, its curves, a benchmark."""
 
 import io
+import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
 from fastai.callback.core import Callback
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.box import SIMPLE_HEAD
@@ -19,9 +22,20 @@ from rich.table import Table
 from .budget import Budget
 from .recipe import Recipe
 
-__all__ = ["TrainingDisplay", "draw_curves", "show_budget", "show_recipe", "to_png"]
+__all__ = [
+    "TrainingDisplay",
+    "draw_benchmark",
+    "draw_curves",
+    "measuring_bar",
+    "show_benchmark",
+    "show_budget",
+    "show_recipe",
+    "to_png",
+]
 
 MOST_ROWS = 40  # of the budget before a training run; about a screen
+# The colour of a variant, by the first word of its name.
+BAR_COLORS = {"dense": "0.45", "sgc": "tab:green", "reference": "tab:orange", "ours": "tab:blue"}
 HEARTBEAT = 60  # seconds between lines within an epoch, where there is no live bar
 
 
@@ -203,6 +217,164 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
     for axes in figure.axes[2:]:
         axes.set_xlabel("epoch")
     return to_png(figure)
+
+
+# Benchmarks -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def measuring_bar(console: Console, total: int) -> Iterator[Callable[[str, str], None]]:
+    """A bar of `total` steps on a terminal; what it yields is called at the beginning of each, with two titles.
+
+    It is redrawn then only: a bar that moves while a clock runs would be on the clock, too.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        auto_refresh=False,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,
+    )
+    with bar:
+        task = bar.add_task("", total=total, completed=-1)
+
+        def show(whole: str, part: str) -> None:
+            bar.update(task, description=f"{whole}: {part}", advance=1, refresh=True)
+
+        yield show
+
+
+def show_benchmark(console: Console, report: dict[str, Any]) -> None:
+    """Print the table of a benchmark, as `benchmark.json` holds it, with no more digits than its noise leaves."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("ms", "x dense", "range", "peak MiB", "x dense"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    noises = []
+    for measurement in report["measurements"]:
+        title, rows = _measurement_title(measurement), measurement["variants"]
+        noise, digits = _noise(rows)
+        decimals = _decimals(rows[0]["median_ms"], noise)
+        noises.append(f"{_range(rows[-1], 2)} ({title})")
+        table.add_row(f"[bold]{title}[/]")
+        for row in rows:
+            cells = [_rounded(row["median_ms"], decimals), f"{row['ratio']['median']:.{digits}f}"]
+            cells.append(_range(row, digits) if row is not rows[0] else "")
+            if row["peak_bytes"] is not None:
+                mebibytes, share = (row["peak_bytes"] / one for one in (2**20, rows[0]["peak_bytes"]))
+                cells += [_rounded(mebibytes, _decimals(mebibytes, 0)), f"{share:.2f}"]
+            table.add_row(f"  {row['name']}", *cells)
+        table.add_section()
+    console.print(table)
+    console.print(f"{_machine_line(report)}.", highlight=False)
+    console.print(f"Noise, the dense twin against itself: {', '.join(noises)}.", highlight=False)
+    console.print(
+        f"[dim]Medians of {_plural(report['rounds'], 'interleaved round')}, and the range of the ratios. Reference: "
+        "the gated network in the authors' formulation, at training progress 0 (gates open) to 1 (closed); ours: the "
+        "same network as it is here. Peak: what a step allocates at most, beside weights and optimiser state.[/]",
+        highlight=False,
+    )
+
+
+def draw_benchmark(report: dict[str, Any]) -> bytes:
+    """A PNG of a benchmark: times and peak memory as shares of the dense twin's, whiskers from least to most."""
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    figure.suptitle(f"{report['name']} ({report['recipe']['model']['arch']})\n", fontsize="large")
+    figure.text(0.5, 0.945, _machine_line(report), ha="center", fontsize="small", color="0.35")
+    training, *inference = report["measurements"]
+    heights = len(training["variants"]), len(inference[0]["variants"]) + 1
+    panels = figure.subplot_mosaic([["time", "memory"], [1, len(inference)]], height_ratios=heights)
+    _draw_times(panels["time"], training)
+    peaks = [row["peak_bytes"] for row in training["variants"]]
+    if None in peaks:
+        panels["memory"].set_axis_off()  # not counted on this device
+    else:
+        shares = [peak / peaks[0] for peak in peaks]
+        _draw_bars(panels["memory"], training["variants"], shares, 2, f"peak memory: {_measurement_title(training)}")
+    for number, measurement in enumerate(inference, 1):
+        _draw_times(panels[number], measurement)
+    band = panels["time"].get_legend_handles_labels()
+    figure.legend(*band, loc="outside lower center", fontsize="small", frameon=False)
+    return to_png(figure)
+
+
+def _draw_times(axes: Axes, measurement: dict[str, Any]) -> None:
+    ratios = [row["ratio"] for row in measurement["variants"]]
+    label = (
+        "grey band: the dense twin against itself, that is, noise; whiskers: least and most of all rounds\n"
+        "at 0, 0.5, 1: training progress, from open gates to closed ones; reference: the authors' formulation"
+    )
+    axes.axvspan(ratios[-1]["min"], ratios[-1]["max"], color="0.85", zorder=0, label=label)
+    medians = [ratio["median"] for ratio in ratios]
+    whiskers = [[abs(ratio[end] - ratio["median"]) for ratio in ratios] for end in ("min", "max")]
+    _, digits = _noise(measurement["variants"])
+    _draw_bars(axes, measurement["variants"], medians, digits, f"time: {_measurement_title(measurement)}", whiskers)
+
+
+def _draw_bars(
+    axes: Axes,
+    rows: Sequence[dict[str, Any]],
+    values: Sequence[float],
+    digits: int,
+    title: str,
+    whiskers: Optional[list[list[float]]] = None,
+) -> None:
+    names, places = [row["name"] for row in rows], range(len(rows))
+    colors = [BAR_COLORS[name.split()[0]] for name in names]
+    axes.barh(places, values, color=colors, height=0.7, xerr=whiskers, error_kw={"capsize": 3, "ecolor": "0.25"})
+    for place, value in zip(places, values):
+        axes.annotate(
+            f"{value:.{digits}f}", (0, place), (4, 0), textcoords="offset points", va="center", color="white",
+            fontsize="small",
+        )  # fmt: skip
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.axvline(1, color="0.25", linestyle="--", linewidth=1)
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel("x dense")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _machine_line(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    threads = f", {_plural(machine['threads'], 'thread')}" if machine["device"] == "cpu" else ""
+    train = report["recipe"]["train"]
+    layout = "channels last" if train["channels_last"] else "channels first"
+    mode = "compiled" if train["compile"] else "eager"
+    return f"{machine['processor']}{threads}, torch {machine['torch']}, {train['precision']}, {layout}, {mode}"
+
+
+def _measurement_title(measurement: dict[str, Any]) -> str:
+    return f"{measurement['what']}, {_plural(measurement['batch'], 'image')}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _noise(rows: Sequence[dict[str, Any]]) -> tuple[float, int]:
+    """How far from 1 the ratio of the baseline to itself, the last row, gets, and the decimals that this leaves."""
+    noise = max(abs(rows[-1]["ratio"][end] - 1) for end in ("min", "max"))
+    return noise, 2 if noise < 0.1 else 1
+
+
+def _range(row: dict[str, Any], digits: int) -> str:
+    return "{1:.{0}f} to {2:.{0}f}".format(digits, row["ratio"]["min"], row["ratio"]["max"])
+
+
+def _decimals(value: float, noise: float) -> int:
+    """How many a relative noise leaves of a value of one to three digits; negative where not even its ones are left."""
+    if value <= 0:
+        return 0
+    first = -math.floor(math.log10(value))
+    return min(first + 2, max(first, -math.floor(math.log10(value * noise)))) if noise else first + 2
+
+
+def _rounded(value: float, decimals: int) -> str:
+    return f"{round(value, decimals):,.{max(0, decimals)}f}"
 
 
 def to_png(figure: Figure) -> bytes:

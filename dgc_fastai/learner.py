@@ -40,6 +40,7 @@ __all__ = [
     "evaluate",
     "fit",
     "network_cost",
+    "prepare",
     "select_device",
 ]
 
@@ -136,8 +137,18 @@ def build_learner(recipe: Recipe) -> Learner:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    model = build_model(recipe).to(device)
+    model = prepare(build_model(recipe), recipe, device)
     return assemble(recipe, build_dataloaders(recipe.data, device), model)
+
+
+def prepare(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.nn.Module:
+    """The network on its device, in the recipe's memory format and compiled if the recipe says so."""
+    model = model.to(device)
+    if recipe.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.train.compile:
+        model.compile()
+    return model
 
 
 def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> RecipeLearner:
@@ -202,6 +213,8 @@ def _optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Train) 
     decays = train.weight_decay, 0.0
     parameters = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays)]
     keywords: dict[str, Any] = {"momentum": train.momentum}
+    if info.opt_class in (torch.optim.SGD, torch.optim.AdamW) and groups[0][0].device.type in ("cpu", "cuda"):
+        keywords["fused"] = True
     try:
         if info.has_betas and info.num_betas == 2:
             betas = inspect.signature(info.opt_class).parameters["betas"].default

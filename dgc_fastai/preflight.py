@@ -4,12 +4,13 @@ import ctypes
 import importlib.util
 import os
 import platform
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
 from .errors import RecipeError
-from .recipe import Data, Recipe
+from .recipe import Data, Recipe, Train
 
 __all__ = ["preflight"]
 
@@ -25,7 +26,7 @@ CIFAR_FOLDERS = {
 
 
 def preflight(recipe: Recipe) -> None:
-    """Check a recipe's data folder, output folder and device, writing nothing.
+    """Check a recipe's data folder, output folder, device and compiler, writing nothing.
 
     Raises:
         RecipeError: the first thing that is missing, with the recipe's key and the remedy.
@@ -33,6 +34,7 @@ def preflight(recipe: Recipe) -> None:
     check_data(recipe.data)
     check_output(recipe.runs)
     check_device(recipe)
+    check_compiler(recipe.train)
     check_loggers(recipe.log.loggers)
 
 
@@ -130,6 +132,13 @@ def check_device(recipe: Recipe) -> None:
         raise RecipeError("device: mps, but this is no Mac with Apple silicon; use device=cpu")
     if recipe.train.precision != "float32" and not found:
         raise RecipeError(f"train.precision: {recipe.train.precision} needs a CUDA device; use float32 here")
+
+
+def check_compiler(train: Train) -> None:
+    """See that torch.compile has the compiler that it builds its kernels with."""
+    name = os.environ.get("CXX") or {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
+    if train.compile and shutil.which(name) is None:
+        raise RecipeError(f"train.compile: torch.compile needs a C++ compiler, and there is no {name}; install one")
 
 
 def check_loggers(names: Iterable[str]) -> None:

@@ -19,7 +19,7 @@ __all__ = ["Recipe", "did_you_mean", "differences", "load_recipe", "parse_recipe
 
 
 GATES = {"heads", "squeeze_rate", "gate_factor"}
-DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3", "stem_stride"}
+DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3", "stem_stride", "memory_efficient"}
 # Every network by name, with the keywords that are its own.
 ARCHITECTURES = {
     name + twin: keywords
@@ -73,6 +73,7 @@ class Model(Section):
     bottleneck: Optional[Width] = None
     group_3x3: Optional[Width] = None
     stem_stride: Optional[Annotated[int, Field(ge=1, le=8)]] = None
+    memory_efficient: Optional[bool] = None
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
@@ -133,7 +134,7 @@ class Train(Section):
     """How long and how. `lasso` is the weight of the gates' penalty (the paper's lambda).
 
     `warmup` is in epochs, `clip` the largest norm of the gradient, `accumulate` batches to a step, `ema` the decay of
-    the averaged weights, `mixup` and `cutmix` the alpha of their beta distributions.
+    the averaged weights, `mixup` and `cutmix` the alpha of their beta distributions. `compile` is torch.compile.
     """
 
     epochs: Count
@@ -152,6 +153,8 @@ class Train(Section):
     accumulate: Count = 1
     ema: Optional[Annotated[float, Field(gt=0, lt=1)]] = None
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")

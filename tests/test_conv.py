@@ -12,6 +12,7 @@ from golden import LAYERS, close, group, read, read_json
 from dgc_fastai import DynamicGroupConv2d, gate_penalty, set_progress
 from dgc_fastai.checkpoint import _translate
 from dgc_fastai.conv import drop_smallest, num_inactive
+from dgc_fastai.ops import folded_norm, reference, use_formulation
 
 
 def golden_layer(path):
@@ -22,8 +23,36 @@ def golden_layer(path):
     return layer, tensors, progress
 
 
+@pytest.mark.parametrize("way", [None, "reference", "scaled_weights", "scaled_inputs", "gathered"])
 @pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.stem)
-def test_layer_equals_the_reference_forward_and_backward(path):
+def test_layer_equals_the_reference_forward_and_backward(path, way):
+    with use_formulation(way):
+        check_golden_layer(path)
+
+
+@pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.stem)
+def test_layer_with_its_norm_applied_on_load_equals_the_reference(path, monkeypatch):
+    monkeypatch.setattr("dgc_fastai.conv.norm_on_load", lambda: True)
+    check_golden_layer(path)
+
+
+@pytest.mark.parametrize("keywords", [{}, dict(affine=False), dict(momentum=None), dict(track_running_stats=False)])
+def test_a_folded_norm_is_the_norm_and_counts_as_it_does(keywords):
+    norm = torch.nn.BatchNorm2d(5, **keywords)
+    if norm.affine:
+        torch.nn.init.uniform_(norm.weight), torch.nn.init.normal_(norm.bias)
+    twin = copy.deepcopy(norm)
+    for training in (True, True, False):
+        x = 3 * torch.randn(4, 5, 6, 7) + 1
+        scale, shift = folded_norm.fold(norm.train(training), x)
+        u = F.relu(twin.train(training)(x))
+        close(reference.apply_norm(x, scale, shift), u, 1e-5)
+        close(folded_norm.Pooled.apply(x, scale, shift), u.mean((2, 3)), 1e-5)
+        for ours, theirs in zip(norm.buffers(), twin.buffers(), strict=True):
+            close(ours, theirs, 1e-6)
+
+
+def check_golden_layer(path):
     layer, golden, progress = golden_layer(path)
     set_progress(layer, progress)
     x = golden["x"].clone().requires_grad_()

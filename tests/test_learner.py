@@ -1,6 +1,8 @@
 """What a recipe's training keys do: schedules, optimisers, decay, averages, accumulation, mixing."""
 
 import math
+import unittest.mock
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,26 @@ def test_nothing_is_added_that_is_not_asked_for():
 def test_a_network_out_of_reach_is_refused_before_memory_is_spent(overrides, message):
     with pytest.raises(RecipeError, match=message):
         build_learner(load_recipe(QUICKSTART, overrides))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_common_optimisers_are_fused(name):
+    learn = build_learner(load_recipe(QUICKSTART, [*TINY, f"train.optimizer={name}"]))
+    assert all(group["fused"] for group in learn.opt.opt.param_groups)
+
+
+def test_channels_last_and_compile_train_the_same_network():
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    plain = trained()
+    last = trained("train.channels_last=true")
+    weights = [parameter for parameter in last.model.parameters() if parameter.dim() == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    with unittest.mock.patch("torch.nn.Module.compile", partialmethod(torch.nn.Module.compile, backend="eager")):
+        compiled = trained("train.compile=true")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for learn in (last, compiled):
+        assert learn.model.state_dict().keys() == plain.model.state_dict().keys()
+        for name, value in plain.model.state_dict().items():
+            torch.testing.assert_close(learn.model.state_dict()[name], value, rtol=1e-2, atol=1e-3)

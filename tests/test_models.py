@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelValidException
 from fastai.learner import Learner
-from golden import close, evaluating, loaders, read_json
+from golden import close, equal_states, evaluating, loaders, read_json
 from timm.models._efficientnet_builder import round_channels
 from timm.optim import param_groups_weight_decay
 
@@ -216,6 +216,34 @@ def test_every_parameter_learns_with_and_without_checkpointing(name, progress):
     for (parameter_name, parameter), other in zip(model.named_parameters(), twin.parameters()):
         assert parameter.grad is not None, parameter_name
         close(other.grad, parameter.grad, 1e-4)
+
+
+@pytest.mark.parametrize("connection", ["dgc", "dense"])
+def test_memory_efficient_is_the_same_training_from_less(connection):
+    def activations(tensor):
+        if tensor.numel() >= 4 * 16 * 16:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, sizes, results = torch.randn(4, 3, 16, 16), [], []
+    for memory_efficient in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(
+            "dgc_densenet22", stages=(6, 6), growth=(8, 16), connection=connection, memory_efficient=memory_efficient
+        )
+        set_progress(model.train(), 0.5)
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(activations, lambda tensor: tensor):
+            loss = model(x).square().sum() + gate_penalty(model)
+        sizes.append(sum(kept.values()))
+        loss.backward()
+        results.append((loss, model.state_dict(), [parameter.grad for parameter in model.parameters()]))
+    (loss, state, gradients), (other, other_state, other_gradients) = results
+    close(other, loss, 1e-6)
+    assert equal_states(state, other_state)  # norms' statistics count each batch once
+    for ours, theirs in zip(other_gradients, gradients):
+        close(ours, theirs, 1e-4)
+    assert sizes[1] < 0.6 * sizes[0]
 
 
 @pytest.mark.parametrize("name", NAMES + TWINS)

@@ -66,7 +66,7 @@ def test_published_experiments(name):
     recipe = load_recipe(path)
     assert (recipe.model.arch, recipe.model.gate_factor, recipe.model.heads) == (arch, gate_factor, 4)
     assert (recipe.train.epochs, recipe.data.batch_size, recipe.data.name) == (epochs, batch, data)
-    train = recipe.train.model_dump(exclude={"epochs", "seed", "precision"})
+    train = recipe.train.model_dump(exclude={"epochs", "seed", "precision", "channels_last", "compile"})
     assert train == dict(
         optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="cosine", warmup=0,
         lasso=1e-5, label_smoothing=0, mixup=0, cutmix=0, clip=None, accumulate=1, ema=None,
@@ -237,6 +237,12 @@ def test_preflight_asks_the_driver_for_devices(recipe, monkeypatch):
     assert "there are 2 GPUs" in preflight_refusal(recipe, "device=cuda:2")
     preflight(load_recipe(recipe, ["device=cuda:1", "train.precision=bf16"]))
     assert "needs a CUDA device" in preflight_refusal(recipe, "device=cpu", "train.precision=fp16")
+
+
+def test_preflight_needs_a_compiler_for_torch_compile(recipe, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "there is no no-such-compiler" in preflight_refusal(recipe, "train.compile=true")
+    preflight(load_recipe(recipe))
 
 
 def test_preflight_asks_for_loggers_without_importing_them(recipe, monkeypatch):

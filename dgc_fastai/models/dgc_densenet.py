@@ -4,7 +4,8 @@
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional, Union
 
 import torch
@@ -13,6 +14,7 @@ from timm.layers import create_classifier
 from timm.models import checkpoint_seq, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..conv import DynamicGroupConv2d
 from ._blocks import Connection, GatedModel, connect
@@ -48,20 +50,54 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.conv2(self.conv1(x))], dim=1)
 
 
+@contextmanager
+def uncounted(module: nn.Module) -> Iterator[None]:
+    """A batch that is seen a second time does not count twice in the norms' statistics."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
 class DenseStage(nn.Module):
     """Pooling by two (not in the first stage), then dense layers."""
 
-    def __init__(self, layers: Sequence[DenseLayer], pool: bool):
+    def __init__(self, layers: Sequence[DenseLayer], pool: bool, memory_efficient: bool = False):
         super().__init__()
         self.pool = nn.AvgPool2d(2) if pool else nn.Identity()
         self.layers = nn.Sequential(*layers)
+        self.memory_efficient = memory_efficient
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.layers, x)
+        if not torch.jit.is_scripting():
+            if self.grad_checkpointing:
+                return checkpoint_seq(self.layers, x)
+            if self.memory_efficient and self.training and torch.is_grad_enabled():
+                return self._recomputed(x)
         return self.layers(x)
+
+    @torch.jit.ignore
+    def _recomputed(self, x: Tensor) -> Tensor:
+        """As `layers`, but keeps only what each layer adds: concatenations, whose sizes add up to the square of the
+        depth, their norms and ReLUs are made again in the backward pass (Pleiss et al., arXiv:1707.06990)."""
+        features = [x]
+        for layer in self.layers:
+            hidden = checkpoint(
+                lambda *parts, conv1=layer.conv1: conv1(torch.cat(parts, dim=1)),
+                *features,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda conv1=layer.conv1: (nullcontext(), uncounted(conv1)),
+            )
+            features.append(layer.conv2(hidden))
+        return torch.cat(features, dim=1)
 
 
 class DGCDenseNet(GatedModel):
@@ -76,6 +112,8 @@ class DGCDenseNet(GatedModel):
         stem_stride: 1 for CIFAR's 32 px images, 2 for ImageNet.
         connection: "dgc", or "dense" for ordinary 1x1 convolutions, where `heads`, `squeeze_rate` and
             `gate_factor` have no effect, or "sgc" for 1x1 group convolutions with as many groups as `heads`.
+        memory_efficient: make concatenations again in the backward pass instead of keeping them; same numbers, less
+            memory, more time.
         num_classes, in_chans, global_pool, drop_rate: as in every timm model.
 
     Raises:
@@ -98,6 +136,7 @@ class DGCDenseNet(GatedModel):
         gate_factor: float = 0.25,
         stem_stride: int = 1,
         connection: Connection = "dgc",
+        memory_efficient: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -132,7 +171,7 @@ class DGCDenseNet(GatedModel):
                 conv2 = NormReluConv(width, rate, kernel_size=3, groups=group_3x3)
                 layers.append(DenseLayer(conv1x1(channels, width), conv2))
                 channels += rate
-            self.stages.append(DenseStage(layers, pool=index > 0))
+            self.stages.append(DenseStage(layers, index > 0, memory_efficient))
             reduction *= 2 if index > 0 else 1
             self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f"stages.{index}"))
 

@@ -1,6 +1,10 @@
-"""The definition of `gated_conv2d` in plain PyTorch. Every faster kernel must equal it."""
+"""The definition of `gated_conv2d` in plain PyTorch, as the authors' code computes it. Every formulation must equal it.
 
-import torch
+It makes a scaled copy of the input for each head, and autograd keeps them all: for tests, not for training.
+"""
+
+from typing import Optional
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,6 +13,8 @@ def gated_conv2d(
     x: Tensor,
     gates: Tensor,
     weight: Tensor,
+    scale: Optional[Tensor],
+    shift: Optional[Tensor],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
@@ -16,20 +22,30 @@ def gated_conv2d(
     """Convolve each sample with its input channels scaled by each head's gates (paper, section 3).
 
     Output channel `o` belongs to head `o % heads`: heads are interleaved, so channel `j * heads + h` is
-    filter `j` of head `h`. A gate of zero removes its channel from that sample and head.
+    filter `j` of head `h`. A gate of zero removes its channel from that sample and head, and no gradient comes
+    back to it: both the ReLU and the selection that can have made it zero would stop it anyway.
 
     Args:
-        x: input [B, C, H, W], already normalised and rectified.
-        gates: [B, heads, C]; dropped channels are zero.
+        x: input [B, C, H, W].
+        gates: [B, heads, C], not negative; those of dropped channels are zero.
         weight: filters [O, C, kh, kw], with O divisible by heads.
+        scale, shift: [C] each; with them the input is `relu(x * scale + shift)`, a folded batch norm and its ReLU.
         stride, padding, dilation: as in `torch.nn.functional.conv2d`.
 
     Returns:
         [B, O, H', W'].
     """
     heads = gates.shape[1]
-    scale = gates.to(x.dtype).unsqueeze(-1).unsqueeze(-1)
-    outputs = [
-        F.conv2d(x * scale[:, head], weight[head::heads], None, stride, padding, dilation) for head in range(heads)
-    ]
-    return torch.stack(outputs, dim=2).flatten(1, 2)
+    if scale is not None and shift is not None:
+        x = apply_norm(x, scale, shift)
+    gates = gates.masked_fill(gates == 0, 0).to(x.dtype)
+    copies = (x.unsqueeze(1) * gates.unsqueeze(-1).unsqueeze(-1)).flatten(1, 2)
+    filters = weight.unflatten(0, (-1, heads)).transpose(0, 1).flatten(0, 1)  # a head's filters side by side
+    y = F.conv2d(copies, filters, None, stride, padding, dilation, groups=heads)
+    return y.unflatten(1, (heads, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def apply_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`relu(x * scale + shift)`, computed in float32 and returned in x's type."""
+    scale, shift = scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
+    return F.relu(x * scale + shift).to(x.dtype)

@@ -1,0 +1,92 @@
+"""Convolve each sample with filters of its own: what two of the formulations come down to."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+
+def is_pointwise(kernel: tuple[int, ...], padding: Pair) -> bool:
+    """Whether the convolution is a matrix product: filters [..., 1, 1] and no border."""
+    return tuple(kernel[-2:]) == (1, 1) and tuple(padding) == (0, 0)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def output_shape(x: tuple[int, ...], weight: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair) -> list[int]:
+    """Shape of the convolution of an input [B, C, H, W] with filters [O, C, kh, kw]."""
+    sides = [
+        (side + 2 * pad - dilate * (tap - 1) - 1) // step + 1
+        for side, tap, step, pad, dilate in zip(x[2:], weight[2:], stride, padding, dilation)
+    ]
+    return [x[0], weight[0], *sides]
+
+
+def forward(y: Tensor, x: Tensor, filters: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
+    """Fill y [N, O, H', W'], in x's memory format, from x [N, C, H, W] and filters [N, O, C, kh, kw]."""
+    if not is_pointwise(filters.shape, padding):
+        result = F.conv2d(_one_image(x), filters.flatten(0, 1), None, stride, padding, dilation, groups=len(x))
+        y.copy_(result.view(y.shape))
+        return
+    x, matrices = _seen(x, stride), filters.flatten(2)
+    if is_channels_last(x):
+        torch.bmm(_pixels(x), matrices.transpose(1, 2), out=_pixels(y))
+    else:
+        torch.bmm(matrices, x.flatten(2), out=y.flatten(2))
+
+
+def backward(
+    dx: Tensor, grad: Tensor, x: Tensor, filters: Tensor, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
+    """Fill dx, in x's memory format as grad is, with the gradient for x, and return the filters'."""
+    if not is_pointwise(filters.shape, padding):
+        result, dfilters, _ = torch.ops.aten.convolution_backward(
+            _one_image(grad),
+            _one_image(x),
+            filters.flatten(0, 1),
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            len(x),
+            [True, True, False],
+        )
+        dx.copy_(result.view(dx.shape))
+        return dfilters.view(filters.shape)
+    seen, matrices = _seen(x, stride), filters.flatten(2)
+    dseen = dx if seen is x else torch.empty_like(seen)
+    if is_channels_last(seen):
+        torch.bmm(_pixels(grad), matrices, out=_pixels(dseen))
+        dfilters = torch.bmm(_pixels(grad).transpose(1, 2), _pixels(seen))
+    else:
+        torch.bmm(matrices.transpose(1, 2), grad.flatten(2), out=dseen.flatten(2))
+        dfilters = torch.bmm(grad.flatten(2), seen.flatten(2).transpose(1, 2))
+    if seen is not x:
+        dx.zero_()[:, :, :: stride[0], :: stride[1]] = dseen
+    return dfilters.view(filters.shape)
+
+
+def _seen(x: Tensor, stride: Pair) -> Tensor:
+    """The pixels that 1x1 filters see."""
+    if tuple(stride) == (1, 1):
+        return x
+    return x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=memory_format(x))
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, H x W, C], a view if x is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _one_image(x: Tensor) -> Tensor:
+    """All samples' channels in one image, which a group convolution takes apart again."""
+    return x.contiguous().flatten(0, 1).unsqueeze(0)
