@@ -149,12 +149,14 @@ def geometry_of(batch, channels, side, outputs, kernel=1, stride=1):
 @pytest.mark.parametrize(
     "geometry, kept, device, expected",
     [
-        # densenet86's first and last layers, open, half closed, closed
+        # densenet86's layers, open, half closed, closed
         (geometry_of(64, 72, 32, 32), 72, "cpu", "scaled_weights"),
         (geometry_of(64, 72, 32, 32), 45, "cpu", "scaled_weights"),
-        (geometry_of(64, 72, 32, 32), 18, "cpu", "gathered"),
+        (geometry_of(64, 72, 32, 32), 18, "cpu", "scaled_weights"),
+        (geometry_of(64, 240, 16, 64), 60, "cpu", "gathered"),
         (geometry_of(64, 576, 8, 128), 576, "cpu", "scaled_weights"),
-        (geometry_of(64, 576, 8, 128), 288, "cpu", "gathered"),
+        (geometry_of(64, 576, 8, 128), 288, "cpu", "scaled_weights"),
+        (geometry_of(64, 576, 8, 128), 144, "cpu", "gathered"),
         # resnet18's
         (geometry_of(16, 64, 56, 64, 3), 64, "cpu", "scaled_weights"),
         (geometry_of(16, 64, 56, 64, 3), 29, "cpu", "gathered"),
