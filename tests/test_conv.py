@@ -23,7 +23,7 @@ def golden_layer(path):
     return layer, tensors, progress
 
 
-@pytest.mark.parametrize("way", [None, "reference", "scaled_weights", "scaled_inputs", "gathered"])
+@pytest.mark.parametrize("way", [None, "reference", "scaled_weights", "scaled_inputs", "gathered", "cpu"])
 @pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.stem)
 def test_layer_equals_the_reference_forward_and_backward(path, way):
     with use_formulation(way):

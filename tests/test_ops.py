@@ -12,7 +12,7 @@ from dgc_fastai import ops
 from dgc_fastai.ops import choose, gated_conv2d, reference, use_formulation
 
 ONE, NONE = (1, 1), (0, 0)
-WAYS = ["scaled_weights", "scaled_inputs", "gathered"]
+WAYS = ["scaled_weights", "scaled_inputs", "gathered", "cpu"]
 
 
 def random_case(seed, dtype=torch.float32):
@@ -176,19 +176,30 @@ def test_the_choice_follows_the_shapes(geometry, kept, device, expected):
     assert choose(*geometry, kept, device) == expected
 
 
-def test_the_choice_is_what_runs(monkeypatch):
+def test_the_compiled_kernel_is_chosen_for_gates_half_closed():
+    for geometry in (geometry_of(64, 240, 16, 64), geometry_of(8, 1500, 7, 512)):
+        channels = geometry[1][1]
+        assert choose(*geometry, round(0.53 * channels), "cpu", True) == "cpu"
+        assert choose(*geometry, round(0.6 * channels), "cpu", True) != "cpu"
+
+
+@pytest.mark.parametrize(
+    "inactive, compiled, expected", [(0, True, "scaled_weights"), (56, False, "gathered"), (56, True, "cpu")]
+)
+def test_the_choice_is_what_runs(monkeypatch, inactive, compiled, expected):
     x, weight = torch.randn(2, 64, 16, 16, requires_grad=True), torch.randn(32, 64, 1, 1)
-    for inactive, expected in ((0, "scaled_weights"), (56, "gathered")):
-        gates, ran = torch.rand(2, 4, 64) + 0.1, []
-        gates[:, :, :inactive] = 0
-        for name, module in ops._FORMULATION.items():
-            for direction in ("forward", "backward"):
-                original = getattr(module, direction)
-                spy = lambda *args, n=name, d=direction, f=original: (ran.append((n, d)), f(*args))[1]  # noqa: B023, E731
-                monkeypatch.setattr(module, direction, spy)
-        gated_conv2d(x, gates, weight, None, None, ONE, NONE, ONE).sum().backward()
-        assert ran == [(expected, "forward"), (expected, "backward")]
-        monkeypatch.undo()
+    gates, ran = torch.rand(2, 4, 64) + 0.1, []
+    gates[:, :, :inactive] = 0
+    monkeypatch.setattr(ops.cpu, "takes", lambda *args: compiled)
+    for name, module in ops._FORMULATION.items():
+        stand_in = module if module is not ops.cpu else ops.scaled_weights  # there may be no compiler here
+        for direction in ("forward", "backward"):
+            original = getattr(stand_in, direction)
+            spy = lambda *args, n=name, d=direction, f=original: (ran.append((n, d)), f(*args))[1]  # noqa: E731
+            monkeypatch.setattr(module, direction, spy)
+    gated_conv2d(x, gates, weight, None, None, ONE, NONE, ONE).sum().backward()
+    assert [each for each in ran if each[0] == expected] == [(expected, "forward"), (expected, "backward")]
+    assert ran[0] == (expected, "forward")
 
 
 def test_an_unknown_formulation_is_refused_and_a_known_one_ends_with_its_context():

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import gathered, per_sample, reference, scaled_inputs, scaled_weights
+from . import cpu, gathered, per_sample, reference, scaled_inputs, scaled_weights
 from .per_sample import Pair
 
 __all__ = ["FORMULATIONS", "choose", "gated_conv2d", "norm_on_load", "use_formulation"]
 
-FORMULATIONS = ("reference", "scaled_weights", "scaled_inputs", "gathered", "triton")
+FORMULATIONS = ("reference", "scaled_weights", "scaled_inputs", "gathered", "cpu", "triton")
 
 _forced: Optional[str] = None
 
@@ -49,7 +49,8 @@ def use_formulation(name: Optional[str]) -> Iterator[None]:
     """Within this context, compute every `gated_conv2d` in one way, forward and backward.
 
     Args:
-        name: one of `FORMULATIONS`, or None to `choose`.
+        name: one of `FORMULATIONS`, or None to `choose`. Layers that the C++ kernel, "cpu", is not made for are
+            computed as with None.
 
     Raises:
         ValueError: there is no such formulation.
@@ -77,6 +78,7 @@ def choose(
     padding: Pair,
     kept: Optional[int],
     device: str = "cpu",
+    compiled: bool = False,
 ) -> str:
     """The formulation to be expected fastest for these shapes.
 
@@ -84,6 +86,7 @@ def choose(
         x_shape: [B, C, H, W].
         weight_shape: [O, C, kh, kw].
         kept: the largest number of channels that any head keeps, None if to know it would stall the device.
+        compiled: whether `cpu.takes` this layer.
     """
     filters, channels, taps = weight_shape[0], weight_shape[1], weight_shape[2] * weight_shape[3]
     area = x_shape[2] * x_shape[3]
@@ -95,6 +98,10 @@ def choose(
         # Filters for each sample make a group convolution of as many groups, which cuDNN is slow at.
         return "scaled_inputs"
 
+    # The C++ kernel does nothing for dropped channels, but MKL's products, which know nothing of gates, do about twice
+    # as many multiplications a second.
+    if compiled and kept is not None and kept < 0.55 * channels:
+        return "cpu"
     # Gathering saves the multiplications with dropped channels and costs copies. Measured on CPUs, fetching a pixel
     # of a channel and adding its gradient back costs as much as some 32 multiplications, and a filter's value some
     # 32, too, or 64 where oneDNN has to bring it into an order of its own.
@@ -108,7 +115,7 @@ def choose(
     return "scaled_weights" if filters * taps < heads * out_area else "scaled_inputs"
 
 
-_FORMULATION = {"scaled_weights": scaled_weights, "scaled_inputs": scaled_inputs, "gathered": gathered}
+_FORMULATION = {"scaled_weights": scaled_weights, "scaled_inputs": scaled_inputs, "gathered": gathered, "cpu": cpu}
 _ARGUMENTS = (
     "Tensor x, Tensor gates, Tensor weight, Tensor? scale, Tensor? shift, "
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
@@ -124,9 +131,10 @@ _library.define(
 
 def _formulation(x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair):
     name = _forced
-    if name is None:
+    compiled = cpu.takes(x, weight, padding)
+    if name is None or (name == "cpu" and not compiled):
         kept = gathered.most_kept(gates) if x.device.type == "cpu" else None
-        name = choose(x.shape, weight.shape, gates.shape[1], stride, padding, kept, x.device.type)
+        name = choose(x.shape, weight.shape, gates.shape[1], stride, padding, kept, x.device.type, compiled)
     return _FORMULATION[name]
 
 

@@ -35,7 +35,7 @@ def forward(y: Tensor, x: Tensor, filters: Tensor, stride: Pair, padding: Pair, 
         result = F.conv2d(_one_image(x), filters.flatten(0, 1), None, stride, padding, dilation, groups=len(x))
         y.copy_(result.view(y.shape))
         return
-    x, matrices = _seen(x, stride), filters.flatten(2)
+    x, matrices = seen(x, stride), filters.flatten(2)
     if is_channels_last(x):
         torch.bmm(_pixels(x), matrices.transpose(1, 2), out=_pixels(y))
     else:
@@ -62,20 +62,20 @@ def backward(
         )
         dx.copy_(result.view(dx.shape))
         return dfilters.view(filters.shape)
-    seen, matrices = _seen(x, stride), filters.flatten(2)
-    dseen = dx if seen is x else torch.empty_like(seen)
-    if is_channels_last(seen):
-        torch.bmm(_pixels(grad), matrices, out=_pixels(dseen))
-        dfilters = torch.bmm(_pixels(grad).transpose(1, 2), _pixels(seen))
+    read, matrices = seen(x, stride), filters.flatten(2)
+    dread = dx if read is x else torch.empty_like(read)
+    if is_channels_last(read):
+        torch.bmm(_pixels(grad), matrices, out=_pixels(dread))
+        dfilters = torch.bmm(_pixels(grad).transpose(1, 2), _pixels(read))
     else:
-        torch.bmm(matrices.transpose(1, 2), grad.flatten(2), out=dseen.flatten(2))
-        dfilters = torch.bmm(grad.flatten(2), seen.flatten(2).transpose(1, 2))
-    if seen is not x:
-        dx.zero_()[:, :, :: stride[0], :: stride[1]] = dseen
+        torch.bmm(matrices.transpose(1, 2), grad.flatten(2), out=dread.flatten(2))
+        dfilters = torch.bmm(grad.flatten(2), read.flatten(2).transpose(1, 2))
+    if read is not x:
+        dx.zero_()[:, :, :: stride[0], :: stride[1]] = dread
     return dfilters.view(filters.shape)
 
 
-def _seen(x: Tensor, stride: Pair) -> Tensor:
+def seen(x: Tensor, stride: Pair) -> Tensor:
     """The pixels that 1x1 filters see."""
     if tuple(stride) == (1, 1):
         return x
