@@ -31,7 +31,7 @@ from .data import class_names, input_size
 from .display import draw_benchmark, measuring_bar
 from .errors import RecipeError, UserError
 from .files import write_atomically
-from .learner import assemble, build_model, prepare, select_device
+from .learner import assemble, build_model, prepare, select_device, use_device
 from .ops import use_formulation
 from .recipe import Data, Recipe
 
@@ -73,10 +73,7 @@ def plan_benchmark(recipe: Recipe) -> list[Measurement]:
     Raises:
         RecipeError: a network, the optimiser or the device cannot be had.
     """
-    device = select_device(recipe.device)
-    if device.type == "cuda":  # as for training
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+    device = use_device(recipe.device)
     set_seed(recipe.train.seed)
     size, classes = recipe.data.batch_size, _class_count(recipe.data)
     images = torch.randn(size, *input_size(recipe.data), device=device)

@@ -3,6 +3,7 @@
 Su, Fang et al., "Dynamic Group Convolution for Accelerating Convolutional Neural Networks", ECCV 2020.
 """
 
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from .ops import folded_norm, gated_conv2d, norm_on_load
+from .ops.reference import apply_norm
 
 __all__ = ["DynamicGroupConv2d", "dgc_layers", "gate_penalty", "num_inactive", "set_progress", "squeezed_channels"]
 
@@ -88,6 +90,36 @@ class HeadGates(nn.Module):
         return self._gates(pooled)
 
 
+def pool(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C], the mean in float32. Not `mean`, whose gradient is as large as x; a sum's is a view."""
+    return x.sum((2, 3), dtype=torch.float32) / (x.shape[2] * x.shape[3])
+
+
+class Again:
+    """Hooks for tensors that autograd saves: one is not kept, but made again when the backward pass asks for it.
+
+    Args:
+        address: of the tensor's data.
+        make: makes it again; it is asked for twice, by the convolution and then by the ReLU before it.
+    """
+
+    def __init__(self, address: int, make: Callable[[], Tensor]):
+        self.address, self.make = address, make
+        self.made: Optional[Tensor] = None
+
+    def pack(self, tensor: Tensor) -> Optional[Tensor]:
+        return None if tensor.data_ptr() == self.address else tensor
+
+    def unpack(self, packed: Optional[Tensor]) -> Tensor:
+        if packed is not None:
+            return packed
+        if self.made is None:
+            self.made = self.make()
+            return self.made
+        made, self.made = self.made, None
+        return made
+
+
 class DynamicGroupConv2d(nn.Module):
     """Convolution whose heads each choose, per image, which input channels to look at (paper, section 3).
 
@@ -106,6 +138,8 @@ class DynamicGroupConv2d(nn.Module):
         squeeze_rate: reduction in the gates' hidden layer; halved for fewer than 80 input channels.
         gate_factor: share of input channels each head keeps at the end of training, in (0, 1].
         preact: apply batch norm and ReLU to the input first, as the paper does.
+        memory_efficient: compute norm and ReLU again in the backward pass of training instead of keeping what
+            comes out of them; not under torch.compile, which decides that by itself.
 
     Raises:
         ValueError: heads does not divide out_channels, squeeze_rate leaves no hidden unit, or gate_factor
@@ -127,6 +161,7 @@ class DynamicGroupConv2d(nn.Module):
         gate_factor: float = 0.25,
         bias: bool = False,
         preact: bool = True,
+        memory_efficient: bool = False,
     ):
         super().__init__()
         if heads < 1 or out_channels % heads:
@@ -143,6 +178,7 @@ class DynamicGroupConv2d(nn.Module):
         self.squeeze_rate = squeeze_rate
         self.gate_factor = gate_factor
         self.preact = preact
+        self.memory_efficient = memory_efficient
 
         self.norm = nn.BatchNorm2d(in_channels) if preact else nn.Identity()
         self.gates = HeadGates(in_channels, heads, squeeze_rate)
@@ -181,13 +217,18 @@ class DynamicGroupConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale: Optional[Tensor] = None
         shift: Optional[Tensor] = None
-        if not torch.jit.is_scripting() and self._norm_on_load():
-            scale, shift, pooled = self._folded_norm(x)
-        else:
-            if self.preact:
-                x = F.relu(self.norm(x), inplace=True)
-            # Not `mean`, whose gradient is as large as x; that of a sum is a view.
-            pooled = x.sum((2, 3), dtype=torch.float32) / (x.shape[2] * x.shape[3])
+        if not torch.jit.is_scripting():
+            if self._recomputes():
+                return self._recomputing(x)
+            if self._norm_on_load():
+                scale, shift, pooled = self._folded_norm(x)
+                return self._convolve(x, pooled, scale, shift)
+        if self.preact:
+            x = F.relu(self.norm(x), inplace=True)
+        return self._convolve(x, pool(x), scale, shift)
+
+    def _convolve(self, x: Tensor, pooled: Tensor, scale: Optional[Tensor], shift: Optional[Tensor]) -> Tensor:
+        """Gates from pooled features, selection, convolution; with scale and shift, x is not normalised yet."""
         gates = self.gates(pooled)
         if self.training:
             self.lasso = gates.mean((0, 2)).sum()
@@ -196,6 +237,34 @@ class DynamicGroupConv2d(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype).reshape(1, -1, 1, 1)
         return y
+
+    @torch.jit.unused
+    def _recomputes(self) -> bool:
+        return (
+            self.memory_efficient
+            and self.training
+            and type(self.norm) is nn.BatchNorm2d
+            and self.norm.momentum is not None
+            and self.norm.track_running_stats
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+
+    @torch.jit.unused
+    def _recomputing(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        norm.num_batches_tracked.add_(1)
+        y, mean, inverse = torch.native_batch_norm(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+        )
+        with torch.no_grad():
+            scale = norm.weight * inverse
+            shift = norm.bias - mean * scale
+        source = x.detach()
+        again = Again(y.data_ptr(), lambda: apply_norm(source, scale, shift))
+        with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+            y = F.relu(y, inplace=True)
+            return self._convolve(y, pool(y), None, None)
 
     @torch.jit.unused
     def _norm_on_load(self) -> bool:

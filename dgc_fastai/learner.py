@@ -42,6 +42,7 @@ __all__ = [
     "network_cost",
     "prepare",
     "select_device",
+    "use_device",
 ]
 
 MOST_PARAMETERS = 2 * 10**9
@@ -71,6 +72,20 @@ def select_device(name: str) -> torch.device:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise RecipeError(f"device: {name}, but this installation of torch cannot use it; use device=cpu")
     return torch.device(name)
+
+
+def use_device(name: str) -> torch.device:
+    """The device of `select_device`, made ready: on CUDA, cuDNN tries its kernels, and convolutions may use TF32.
+
+    Raises:
+        RecipeError: as `select_device`.
+    """
+    device = select_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    return device
 
 
 def network_cost(recipe: Recipe, classes: Optional[int] = None) -> Budget:
@@ -130,13 +145,10 @@ def build_learner(recipe: Recipe) -> Learner:
     Raises:
         RecipeError: the data, the network, the optimiser or the device cannot be had.
     """
-    device = select_device(recipe.device)
+    device = use_device(recipe.device)
     if device.type == "cpu" and recipe.train.precision != "float32":
         raise RecipeError(f"train.precision: {recipe.train.precision} needs a CUDA device; use float32 here")
     set_seed(recipe.train.seed)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
     model = prepare(build_model(recipe), recipe, device)
     return assemble(recipe, build_dataloaders(recipe.data, device), model)
 
@@ -213,8 +225,8 @@ def _optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Train) 
     decays = train.weight_decay, 0.0
     parameters = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays)]
     keywords: dict[str, Any] = {"momentum": train.momentum}
-    if info.opt_class in (torch.optim.SGD, torch.optim.AdamW) and groups[0][0].device.type in ("cpu", "cuda"):
-        keywords["fused"] = True
+    if info.opt_class in (torch.optim.SGD, torch.optim.AdamW) and groups[0][0].is_cuda:
+        keywords["fused"] = True  # one kernel for all parameters
     try:
         if info.has_betas and info.num_betas == 2:
             betas = inspect.signature(info.opt_class).parameters["betas"].default

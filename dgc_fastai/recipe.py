@@ -25,7 +25,8 @@ ARCHITECTURES = {
     name + twin: keywords
     for names, keywords in (
         (("dgc_densenet22", "dgc_densenet86", "dgc_condensenet74"), DENSENET),
-        (("dgc_resnet18", "dgc_resnet34", "dgc_resnet50", "dgc_mobilenetv2_100"), GATES),
+        (("dgc_resnet18", "dgc_resnet34", "dgc_resnet50"), GATES | {"memory_efficient"}),
+        (("dgc_mobilenetv2_100",), GATES),
     )
     for name in names
     for twin in ("", "_dense", "_sgc")

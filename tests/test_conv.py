@@ -15,10 +15,11 @@ from dgc_fastai.conv import drop_smallest, num_inactive
 from dgc_fastai.ops import folded_norm, reference, use_formulation
 
 
-def golden_layer(path):
+def golden_layer(path, **keywords):
     tensors, metadata = read(path.name)
     progress, gate_factor = float(metadata.pop("progress")), float(metadata.pop("gate_factor"))
-    layer = DynamicGroupConv2d(**{key: int(value) for key, value in metadata.items()}, gate_factor=gate_factor)
+    geometry = {key: int(value) for key, value in metadata.items()}
+    layer = DynamicGroupConv2d(**geometry, gate_factor=gate_factor, **keywords)
     layer.load_state_dict(_translate(group(tensors, "state.")))
     return layer, tensors, progress
 
@@ -52,8 +53,48 @@ def test_a_folded_norm_is_the_norm_and_counts_as_it_does(keywords):
             close(ours, theirs, 1e-6)
 
 
-def check_golden_layer(path):
-    layer, golden, progress = golden_layer(path)
+@pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.stem)
+def test_a_memory_efficient_layer_equals_the_reference(path):
+    check_golden_layer(path, memory_efficient=True)
+
+
+def test_memory_efficient_keeps_one_copy_of_the_input_and_computes_the_norm_twice():
+    def saved(memory_efficient):
+        layer = DynamicGroupConv2d(16, 8, 3, padding=1, memory_efficient=memory_efficient)
+        sizes = {}
+
+        def pack(tensor):
+            if tensor is not None:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(2, 16, 12, 12)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = layer(x)
+        keep = [tensor for tensor in (y, x)]  # so that no address is used twice
+        del keep
+        return y, sum(size for size in sizes.values() if size >= x.nbytes) / x.nbytes
+
+    assert saved(False)[1] == 2
+    y, copies = saved(True)
+    assert copies <= 1
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("norm", [dict(momentum=None), dict(track_running_stats=False)])
+def test_memory_efficient_leaves_norms_with_other_statistics_to_pytorch(norm):
+    x, results = torch.randn(4, 16, 6, 6), []
+    for memory_efficient in (False, True):
+        torch.manual_seed(0)
+        layer = DynamicGroupConv2d(16, 8, 1, memory_efficient=memory_efficient)
+        layer.norm = torch.nn.BatchNorm2d(16, **norm)
+        layer(x).sum().backward()
+        results.append((layer.weight.grad, *layer.norm.buffers()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+
+
+def check_golden_layer(path, **keywords):
+    layer, golden, progress = golden_layer(path, **keywords)
     set_progress(layer, progress)
     x = golden["x"].clone().requires_grad_()
 

@@ -7,6 +7,7 @@ place and keeps the batch norm that follows it. Paper, section 4 (ResNet-18 on I
 from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from ..conv import dgc_layers
 from ._blocks import Connection, GatedModel
 from ._registration import imagenet_cfg, register_network, with_twins
 
@@ -20,6 +21,8 @@ class DGCResNet(GatedModel, ResNet):
         heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
         connection: "dgc", or "dense" for the ordinary ResNet, where the three arguments above have no effect, or
             "sgc" for ordinary group convolutions with as many groups as `heads`.
+        memory_efficient: compute the norms of the DGC layers, of which an ordinary ResNet has half as many, again in
+            the backward pass instead of keeping what comes out of them; same numbers.
         kwargs: of `timm.models.resnet.ResNet`.
 
     Raises:
@@ -33,6 +36,7 @@ class DGCResNet(GatedModel, ResNet):
         squeeze_rate: int = 16,
         gate_factor: float = 0.45,
         connection: Connection = "dgc",
+        memory_efficient: bool = True,
         **kwargs,
     ):
         # The authors' network, like torchvision's, does not start residual branches at zero.
@@ -40,6 +44,8 @@ class DGCResNet(GatedModel, ResNet):
         gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
         self.connect_convolutions(lambda name, conv: name.startswith("layer"), connection, **gating)
         if connection == "dgc":
+            for layer in dgc_layers(self):
+                layer.memory_efficient = memory_efficient
             self.settle_norms()
         elif connection == "sgc":
             self.init_weights(zero_init_last=False)

@@ -104,12 +104,12 @@ def choose(
         return "cpu"
     # Gathering saves the multiplications with dropped channels and costs copies. Measured on CPUs, fetching a pixel
     # of a channel and adding its gradient back costs as much as some 32 multiplications, and a filter's value some
-    # 32, too, or 64 where oneDNN has to bring it into an order of its own.
+    # 32, too, or 64 where oneDNN has to bring it into an order of its own. It should save a fifth to be worth it.
     if kept is not None and (pointwise or (tuple(stride) == (1, 1) and filters // heads % 8 == 0)):
         work = filters // heads * taps
         padded = kept if pointwise else -(-kept // gathered.VECTOR) * gathered.VECTOR
         gathering = padded * (work * (out_area + (32 if pointwise else 64)) + 32 * area)
-        if gathering < channels * work * out_area:
+        if gathering < 0.8 * channels * work * out_area:
             return "gathered"
     # The smaller thing is to be scaled: filters [O, C, kh, kw] or inputs [heads, C, H, W] of each sample.
     return "scaled_weights" if filters * taps < heads * out_area else "scaled_inputs"

@@ -246,7 +246,7 @@ void forward(const Shape& n, const T* x, const T* gates, const T* weight, T* y) 
   });
 }
 
-// dx and dgates are given as zeros; dweight is [threads, heads, channels, filters] of zeros, to be summed by the caller.
+// dgates are given as zeros; dweight is [threads, heads, channels, filters] of zeros, to be summed by the caller.
 template <typename T>
 void backward(
     const Shape& n, const T* dy, const T* x, const T* gates, const T* weight, T* dx, T* dgates, T* dweight) {
@@ -257,6 +257,7 @@ void backward(
     T* dtable = dweight + at::get_thread_num() * n.heads * n.channels * n.filters;
     for (int64_t i = begin * n.heads; i < end * n.heads; ++i) {
       const int64_t b = i / n.heads, h = i % n.heads, table = h * n.channels * n.filters;
+      if (h == 0) std::fill_n(dx + b * n.channels * n.area, n.channels * n.area, T(0));  // soon read again
       kept.read(gates + i * n.channels, weight + table, n.channels, n.filters);
       const int64_t count = kept.channels.size(), length = Stretch<T>::length(count + n.filters, n.area);
       sums.assign(count * n.filters, T(0));

@@ -53,7 +53,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, gates and weight; nothing is computed for dropped channels."""
     seen, table, values = per_sample.seen(x, stride), _table(weight, gates), _gates(gates, x)
-    dseen, dvalues = torch.zeros_like(seen), torch.zeros_like(values)
+    dseen, dvalues = torch.empty_like(seen), torch.zeros_like(values)
     dtables = table.new_zeros(torch.get_num_threads(), *table.shape)
     _call("backward", seen, gates, weight, grad.contiguous(), seen, values, table, dseen, dvalues, dtables)
     dweight = dtables.sum(0).permute(2, 0, 1).reshape(weight.shape)
