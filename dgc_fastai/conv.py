@@ -99,16 +99,16 @@ class Again:
     """Hooks for tensors that autograd saves: one is not kept, but made again when the backward pass asks for it.
 
     Args:
-        address: of the tensor's data.
+        tensor: that one; it is known by its address and shape, since to hold it would be to keep it.
         make: makes it again; it is asked for twice, by the convolution and then by the ReLU before it.
     """
 
-    def __init__(self, address: int, make: Callable[[], Tensor]):
-        self.address, self.make = address, make
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]):
+        self.known, self.make = (tensor.data_ptr(), tensor.shape), make
         self.made: Optional[Tensor] = None
 
     def pack(self, tensor: Tensor) -> Optional[Tensor]:
-        return None if tensor.data_ptr() == self.address else tensor
+        return None if (tensor.data_ptr(), tensor.shape) == self.known else tensor
 
     def unpack(self, packed: Optional[Tensor]) -> Tensor:
         if packed is not None:
@@ -240,12 +240,16 @@ class DynamicGroupConv2d(nn.Module):
 
     @torch.jit.unused
     def _recomputes(self) -> bool:
+        """Whether to, and whether the norm is one of the kind that `_recomputing` stands in for."""
+        norm = self.norm
         return (
             self.memory_efficient
-            and self.training
-            and type(self.norm) is nn.BatchNorm2d
-            and self.norm.momentum is not None
-            and self.norm.track_running_stats
+            and type(norm) is nn.BatchNorm2d
+            and norm.training
+            and norm.momentum is not None
+            and norm.affine
+            and norm.track_running_stats
+            and not (norm._forward_hooks or norm._forward_pre_hooks)
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
         )
@@ -261,7 +265,7 @@ class DynamicGroupConv2d(nn.Module):
             scale = norm.weight * inverse
             shift = norm.bias - mean * scale
         source = x.detach()
-        again = Again(y.data_ptr(), lambda: apply_norm(source, scale, shift))
+        again = Again(y, lambda: apply_norm(source, scale, shift))
         with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
             y = F.relu(y, inplace=True)
             return self._convolve(y, pool(y), None, None)

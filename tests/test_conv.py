@@ -53,9 +53,11 @@ def test_a_folded_norm_is_the_norm_and_counts_as_it_does(keywords):
             close(ours, theirs, 1e-6)
 
 
+@pytest.mark.parametrize("way", [None, "reference"])
 @pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.stem)
-def test_a_memory_efficient_layer_equals_the_reference(path):
-    check_golden_layer(path, memory_efficient=True)
+def test_a_memory_efficient_layer_equals_the_reference(path, way):
+    with use_formulation(way):
+        check_golden_layer(path, memory_efficient=True)
 
 
 def test_memory_efficient_keeps_one_copy_of_the_input_and_computes_the_norm_twice():
@@ -81,16 +83,26 @@ def test_memory_efficient_keeps_one_copy_of_the_input_and_computes_the_norm_twic
     y.sum().backward()
 
 
-@pytest.mark.parametrize("norm", [dict(momentum=None), dict(track_running_stats=False)])
-def test_memory_efficient_leaves_norms_with_other_statistics_to_pytorch(norm):
+@pytest.mark.parametrize("norm", [dict(momentum=None), dict(track_running_stats=False), dict(affine=False), "frozen"])
+def test_memory_efficient_leaves_other_norms_to_pytorch(norm):
     x, results = torch.randn(4, 16, 6, 6), []
     for memory_efficient in (False, True):
         torch.manual_seed(0)
         layer = DynamicGroupConv2d(16, 8, 1, memory_efficient=memory_efficient)
-        layer.norm = torch.nn.BatchNorm2d(16, **norm)
+        if norm == "frozen":
+            layer.norm.eval()
+        else:
+            layer.norm = torch.nn.BatchNorm2d(16, **norm)
         layer(x).sum().backward()
         results.append((layer.weight.grad, *layer.norm.buffers()))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+
+
+def test_memory_efficient_keeps_the_hooks_of_a_norm():
+    layer, seen = DynamicGroupConv2d(16, 8, 1, memory_efficient=True), []
+    layer.norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    layer(torch.randn(2, 16, 4, 4))
+    assert seen == [(2, 16, 4, 4)]
 
 
 def check_golden_layer(path, **keywords):

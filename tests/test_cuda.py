@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import close
+from golden import LAYERS, close
+from test_conv import check_golden_layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,7 +21,7 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter  # noqa: E402
 
-from dgc_fastai.ops import cuda  # noqa: E402
+from dgc_fastai.ops import cuda, use_formulation  # noqa: E402
 
 ONE = (1, 1)
 NAMES = ("y", "dx", "dgates", "dweight", "dscale", "dshift")
@@ -354,3 +355,11 @@ def test_compiles_for_hopper(tmp_path):
     if done.returncode == 77:
         pytest.skip(f"this Triton does not compile without a GPU: {done.stdout.strip()}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", LAYERS[:3], ids=lambda path: path.stem)
+def test_a_layer_on_these_kernels_equals_the_reference_s_numbers(path):
+    if DEVICE != "cpu":
+        pytest.skip("the layers of these tests are on the CPU")
+    with use_formulation("triton"):
+        check_golden_layer(path)
