@@ -83,6 +83,7 @@ def test_takes_only_what_it_is_made_for():
     assert not cpu.takes(x, torch.randn(4, 8, 3, 3), ONE)
     assert not cpu.takes(x, weight, ONE)
     assert not cpu.takes(x.bfloat16(), weight.bfloat16(), NONE)
+    assert not cpu.takes(x, weight.double(), NONE)  # whose bits would be read as others
     assert not cpu.takes(x.contiguous(memory_format=torch.channels_last), weight, NONE)
     assert not cpu.takes(x.to("meta"), weight.to("meta"), NONE)
 

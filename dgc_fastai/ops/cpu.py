@@ -34,6 +34,7 @@ def takes(x: Tensor, weight: Tensor, padding: Pair) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in TYPES
+        and weight.dtype == x.dtype
         and per_sample.is_pointwise(weight.shape, padding)
         and x.is_contiguous()
         and library() is not None
