@@ -215,8 +215,6 @@ class DynamicGroupConv2d(nn.Module):
         return layer.to(device=conv.weight.device, dtype=conv.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale: Optional[Tensor] = None
-        shift: Optional[Tensor] = None
         if not torch.jit.is_scripting():
             if self._recomputes():
                 return self._recomputing(x)
@@ -225,7 +223,7 @@ class DynamicGroupConv2d(nn.Module):
                 return self._convolve(x, pooled, scale, shift)
         if self.preact:
             x = F.relu(self.norm(x), inplace=True)
-        return self._convolve(x, pool(x), scale, shift)
+        return self._convolve(x, pool(x), None, None)
 
     def _convolve(self, x: Tensor, pooled: Tensor, scale: Optional[Tensor], shift: Optional[Tensor]) -> Tensor:
         """Gates from pooled features, selection, convolution; with scale and shift, x is not normalised yet."""
@@ -262,8 +260,7 @@ class DynamicGroupConv2d(nn.Module):
             x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
         )
         with torch.no_grad():
-            scale = norm.weight * inverse
-            shift = norm.bias - mean * scale
+            scale, shift = folded_norm.affine(norm, mean, inverse)
         source = x.detach()
         again = Again(y, lambda: apply_norm(source, scale, shift))
         with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):

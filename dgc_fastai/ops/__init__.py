@@ -267,9 +267,9 @@ def _exportable(x, gates, weight, scale, shift, stride, padding, dilation):
     """In operators that torch.export and ONNX know, for a batch of any size."""
     if scale is not None:
         x = reference.apply_norm(x, scale, shift)
-    if per_sample.is_pointwise(weight.shape, padding):
+    name = choose(x.shape, weight.shape, gates.shape[1], stride, padding, None)
+    if name == "scaled_weights" and per_sample.is_pointwise(weight.shape, padding):
         seen = x[:, :, :: stride[0], :: stride[1]]
-        if weight.shape[0] < gates.shape[1] * seen.shape[2] * seen.shape[3]:
-            filters = scaled_weights.filters(gates, weight, x.dtype).flatten(2)
-            return torch.bmm(filters, seen.flatten(2)).unflatten(2, seen.shape[2:])
+        filters = scaled_weights.filters(gates, weight, x.dtype).flatten(2)
+        return torch.bmm(filters, seen.flatten(2)).unflatten(2, seen.shape[2:])
     return scaled_inputs.forward(x, gates, weight, stride, padding, dilation)

@@ -37,6 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .per_sample import memory_format, output_shape
+
 __all__ = ["backward", "forward"]
 
 # How many programs should share the gradient of the weight: a few for each multiprocessor of a large GPU.
@@ -228,6 +230,17 @@ def _forward(
 
 
 @triton.jit
+def _kept_within(before, gates, row, channels, start, stop, channel, mask):
+    """What a head keeps of the channels from start to stop: a piece of its list, first to last, the gates of these
+    channels, and each one's place in the list, -1 if it is dropped."""
+    first = tl.load(before + row * (channels + 1) + start)
+    last = tl.load(before + row * (channels + 1) + stop)
+    gate = tl.load(gates + row * channels + channel, mask, 0.0)
+    place = tl.where(gate != 0, tl.load(before + row * (channels + 1) + channel, mask, 0), -1)
+    return first, last, gate, place
+
+
+@triton.jit
 def _backward_input(
     grad,
     x,
@@ -289,10 +302,7 @@ def _backward_input(
     du = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for head in range(0, heads):
         row = sample * heads + head
-        first = tl.load(before + row * (channels + 1) + start)
-        last = tl.load(before + row * (channels + 1) + stop)
-        gate = tl.load(gates + row * channels + channel, mask, 0.0)
-        place = tl.where(gate != 0, tl.load(before + row * (channels + 1) + channel, mask, 0), -1)
+        first, last, gate, place = _kept_within(before, gates, row, channels, start, stop, channel, mask)
         scaled = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)  # gradient of this head's scaled input
         for begin in range(first, last, BLOCK_R):
             live = begin + tl.arange(0, BLOCK_R) < last
@@ -393,10 +403,7 @@ def _backward_weight(
     sums = tl.zeros([BLOCK_C, BLOCK_F], tl.float32)
     for sample in range(part * share, tl.minimum(part * share + share, batch)):
         row = sample * heads + head
-        first = tl.load(before + row * (channels + 1) + start)
-        last = tl.load(before + row * (channels + 1) + stop)
-        gate = tl.load(gates + row * channels + channel, mask, 0.0)
-        place = tl.where(gate != 0, tl.load(before + row * (channels + 1) + channel, mask, 0), -1)
+        first, last, gate, place = _kept_within(before, gates, row, channels, start, stop, channel, mask)
         x_rows = x + tl.cast(sample, tl.int64) * x_strides[0]
         grad_rows = grad + tl.cast(sample, tl.int64) * grad_strides[0]
         grad_rows += output.to(tl.int64)[:, None] * grad_strides[1]
@@ -485,19 +492,11 @@ def forward(
     [C] are both given or both None. Output is channels-last where x is.
     """
     batch, channels, *in_size = x.shape
-    heads, outputs, kernel = gates.shape[1], weight.shape[0], weight.shape[2:]
-    filters = outputs // heads
-    out_size = [
-        (size + 2 * pad - reach * (taps - 1) - 1) // step + 1
-        for size, taps, step, pad, reach in zip(in_size, kernel, stride, padding, dilation)
-    ]
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    y = torch.empty(
-        (batch, outputs, *out_size),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
+    heads, kernel = gates.shape[1], weight.shape[2:]
+    filters = weight.shape[0] // heads
+    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+    out_size = shape[2:]
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     exact = x.dtype == torch.float32
     block_f, block_p = _block(filters, 64), _block(out_size[0] * out_size[1], 64 if exact else 128)
     programs = batch * heads * triton.cdiv(out_size[0] * out_size[1], block_p) * triton.cdiv(filters, block_f)

@@ -15,10 +15,14 @@ def fold(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
             _count(norm, mean.detach(), var.detach(), x.numel() // x.shape[1])
     else:
         mean, var = norm.running_mean.float(), norm.running_var.float()
-    scale = (var + norm.eps).rsqrt()
+    return affine(norm, mean, (var + norm.eps).rsqrt())
+
+
+def affine(norm: nn.BatchNorm2d, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a norm whose features have this mean and inverse standard deviation."""
     if norm.weight is None:
-        return scale, -mean * scale
-    scale = scale * norm.weight.float()
+        return inverse, -mean * inverse
+    scale = inverse * norm.weight.float()
     return scale, norm.bias.float() - mean * scale
 
 

@@ -29,6 +29,15 @@ def output_shape(x: tuple[int, ...], weight: tuple[int, ...], stride: Pair, padd
     return [x[0], weight[0], *sides]
 
 
+def conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Gradients of PyTorch's convolution for x and weight."""
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
+    )[:2]
+
+
 def forward(y: Tensor, x: Tensor, filters: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> None:
     """Fill y [N, O, H', W'], in x's memory format, from x [N, C, H, W] and filters [N, O, C, kh, kw]."""
     if not is_pointwise(filters.shape, padding):
@@ -47,18 +56,8 @@ def backward(
 ) -> Tensor:
     """Fill dx, in x's memory format as grad is, with the gradient for x, and return the filters'."""
     if not is_pointwise(filters.shape, padding):
-        result, dfilters, _ = torch.ops.aten.convolution_backward(
-            _one_image(grad),
-            _one_image(x),
-            filters.flatten(0, 1),
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            len(x),
-            [True, True, False],
+        result, dfilters = conv2d_backward(
+            _one_image(grad), _one_image(x), filters.flatten(0, 1), stride, padding, dilation, groups=len(x)
         )
         dx.copy_(result.view(dx.shape))
         return dfilters.view(filters.shape)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .per_sample import Pair
+from .per_sample import Pair, conv2d_backward
 
 
 def forward(x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
@@ -29,19 +29,8 @@ def backward(
     for head in range(heads):
         scale = _scale(gates, head, x)
         filters = weight[head::heads]
-        dscaled, dfilters, _ = torch.ops.aten.convolution_backward(
-            grad[:, head::heads].contiguous(),
-            x * scale,
-            filters,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            1,
-            [True, True, False],
-        )
+        part = grad[:, head::heads].contiguous()
+        dscaled, dfilters = conv2d_backward(part, x * scale, filters, stride, padding, dilation)
         dweight[head::heads] = dfilters
         dgates[:, head] = (dscaled * x).sum((2, 3), dtype=gates.dtype)
         dx.addcmul_(dscaled, scale)
