@@ -7,22 +7,22 @@ import pytest
 import torch
 from test_ops import run
 
-from dgc_fastai.ops import cpu, gated_conv2d, use_formulation
+from dgc_fastai.ops import cpu, gated_conv2d, reference, use_formulation
 
 ONE, NONE = (1, 1), (0, 0)
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler here")
 
 
-def case(batch, heads, channels, filters, height, width, share, dtype=torch.float32):
+def case(batch, heads, channels, filters, height, width, share, dtype=torch.float32, taps=(1, 1)):
     x, gates = torch.randn(batch, channels, height, width, dtype=dtype), torch.rand(batch, heads, channels, dtype=dtype)
     gates = (gates + 0.1) * (torch.rand(batch, heads, channels) < share)
-    tensors = x, gates, torch.randn(heads * filters, channels, 1, 1, dtype=dtype)
+    tensors = x, gates, torch.randn(heads * filters, channels, *taps, dtype=dtype)
     return [part.requires_grad_() for part in tensors] + [None, None]
 
 
-def agree(tensors, stride=ONE):
-    geometry = stride, NONE, ONE
-    assert cpu.takes(tensors[0], tensors[2], NONE)
+def agree(tensors, stride=ONE, padding=NONE, dilation=ONE):
+    geometry = stride, padding, dilation
+    assert cpu.takes(tensors[0], tensors[2])
     for ours, theirs in zip(run("cpu", tensors, geometry), run("reference", tensors, geometry), strict=True):
         limit = 1e-5 * max(1.0, float(theirs.detach().abs().max()))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=limit)
@@ -40,6 +40,34 @@ def test_every_remainder_of_pixels_filters_and_channels(dtype):
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_remainder_of_larger_filters(dtype):
+    for width in (1, 2, 7, 8, 9, 14, 23, 24, 25, 33):
+        agree(case(1, 2, 7, 5, 2, width, 0.7, dtype, (3, 3)), padding=ONE)
+    for filters in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 33, 65):
+        agree(case(2, 2, 5, filters, 4, 5, 0.7, dtype, (3, 3)), padding=ONE)
+    for channels in (1, 2, 3, 4, 5, 8, 13):
+        agree(case(2, 2, channels, 4, 4, 5, 0.9, dtype, (3, 3)), padding=ONE)
+    for taps in ((1, 2), (2, 3), (5, 5), (7, 1), (4, 7)):
+        agree(case(2, 2, 5, 9, 9, 8, 0.7, dtype, taps), padding=(1, 3))
+
+
+@needs_compiler
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1), (1, 2), (4, 5)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (0, 3), (4, 2)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 2), (1, 3)])
+def test_strides_borders_and_dilation(stride, padding, dilation):
+    agree(case(2, 2, 6, 5, 9, 10, 0.6, torch.float64, (3, 3)), stride, padding, dilation)
+    agree(case(2, 1, 6, 5, 3, 7, 0.6, torch.float64, (1, 1)), stride, padding, dilation)
+
+
+@needs_compiler
+def test_images_too_large_for_one_tile():
+    agree(case(1, 2, 40, 4, 90, 70, 0.5, taps=(3, 3)), padding=ONE)
+    agree(case(3, 1, 90, 3, 47, 51, 1.0, taps=(3, 3)), (2, 2), ONE)
+
+
+@needs_compiler
 def test_more_pixels_than_are_copied_at_a_time():
     agree(case(2, 1, 600, 4, 10, 23, 1.0))  # 600 rows of 48 pixels fill the copy
     agree(case(2, 1, 600, 40, 10, 23, 0.5))
@@ -49,6 +77,7 @@ def test_more_pixels_than_are_copied_at_a_time():
 @pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
 def test_none_one_or_all_channels_kept(share):
     agree(case(3, 2, 20, 4, 5, 5, share))
+    agree(case(3, 2, 20, 4, 5, 5, share, taps=(3, 3)), padding=ONE)
 
 
 @needs_compiler
@@ -59,18 +88,21 @@ def test_strides(stride):
 
 @needs_compiler
 def test_every_number_of_threads_gives_the_same():
-    tensors, before = case(5, 2, 24, 8, 6, 6, 0.5), torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            agree(tensors)
+            agree(case(5, 2, 24, 8, 6, 6, 0.5))
+            agree(case(1, 3, 7, 8, 6, 6, 0.5, taps=(3, 3)), padding=ONE)
+            agree(case(5, 2, 7, 8, 6, 6, 0.5, taps=(3, 3)), (2, 2), ONE)
     finally:
         torch.set_num_threads(before)
 
 
 @needs_compiler
-def test_dropped_channels_are_not_looked_at():
-    x, gates, weight, _, _ = case(2, 2, 12, 4, 5, 5, 1.0)
+@pytest.mark.parametrize("side", [1, 3])
+def test_dropped_channels_are_not_looked_at(side):
+    x, gates, weight, _, _ = case(2, 2, 12, 4, 5, 5, 1.0, taps=(side, side))
     with torch.no_grad():
         gates[:, :, 3:6] = 0
         x[:, 3:6], weight[:, 3:6] = float("nan"), float("inf")
@@ -78,14 +110,64 @@ def test_dropped_channels_are_not_looked_at():
     assert all(part.isfinite().all() for part in (y, dx, dgates, dweight))
 
 
+@needs_compiler
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_comes_out_where_it_is_seen(value):
+    """And nowhere else: the borders between rows, which neighbours share, carry nothing over."""
+    x, gates, weight, _, _ = case(2, 2, 6, 5, 7, 6, 1.0, taps=(3, 3))
+    with torch.no_grad():
+        x[0, 1, 2, 5], x[1, 3, 6, 0], x[1, 0, 0, 0] = value, -value, value
+        for stride in (ONE, (2, 2)):
+            tensors, geometry = [x, gates, weight, None, None], (stride, ONE, ONE)
+            y, expected = (gated(name, tensors, geometry) for name in ("cpu", "reference"))
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+            assert 0 < int((~y.isfinite()).sum()) < y.numel() // 2
+
+
+def gated(name, tensors, geometry):
+    with use_formulation(name):
+        return gated_conv2d(*tensors, *geometry)
+
+
+@needs_compiler
+def test_bfloat16_is_float32_rounded():
+    x, gates, weight, _, _ = case(3, 2, 12, 20, 7, 6, 0.6, taps=(3, 3))
+    x, weight = x.detach().bfloat16(), weight.detach().bfloat16()
+    geometry = (1, 1), (1, 1), (1, 1)
+    assert cpu.takes(x, weight)
+    y = cpu.forward(x, gates.detach(), weight, *geometry)
+    exact = cpu.forward(x.float(), gates.detach(), weight.float(), *geometry)
+    torch.testing.assert_close(y, exact.bfloat16(), rtol=0, atol=0)
+    found = cpu.backward(y, x, gates.detach(), weight, *geometry)
+    expected = cpu.backward(y.float(), x.float(), gates.detach(), weight.float(), *geometry)
+    for part, other in zip(found, expected):
+        torch.testing.assert_close(part, other.to(part.dtype), rtol=0, atol=0)
+    assert [part.dtype for part in found] == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_bias_and_relu_on_the_way(dtype):
+    for side, stride in ((1, (1, 1)), (3, (1, 1)), (3, (2, 2))):
+        x, gates, weight, _, _ = (
+            part if part is None else part.detach() for part in case(2, 2, 9, 21, 7, 6, 0.6, taps=(side, side))
+        )
+        x, weight, padding = x.to(dtype), weight.to(dtype), (side // 2, side // 2)
+        scale, shift, bias = torch.randn(9), torch.randn(9), torch.randn(42)
+        shape = cpu._shape(x, gates, weight.shape, stride, padding, ONE)
+        y = cpu.convolve(shape, x, gates, cpu.table(weight, 2), scale, shift, bias, True)
+        expected = reference.gated_conv2d(x.float(), gates, weight.float(), scale, shift, stride, padding, ONE)
+        expected = (expected + bias.view(1, -1, 1, 1)).relu()
+        limit = 1e-4 if dtype == torch.float32 else 5e-3 * float(expected.max())
+        torch.testing.assert_close(y.float(), expected, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=limit)
+
+
 def test_takes_only_what_it_is_made_for():
     x, weight = torch.randn(2, 8, 4, 4), torch.randn(4, 8, 1, 1)
-    assert not cpu.takes(x, torch.randn(4, 8, 3, 3), ONE)
-    assert not cpu.takes(x, weight, ONE)
-    assert not cpu.takes(x.bfloat16(), weight.bfloat16(), NONE)
-    assert not cpu.takes(x, weight.double(), NONE)  # whose bits would be read as others
-    assert not cpu.takes(x.contiguous(memory_format=torch.channels_last), weight, NONE)
-    assert not cpu.takes(x.to("meta"), weight.to("meta"), NONE)
+    assert not cpu.takes(x.half(), weight.half())
+    assert not cpu.takes(x, weight.double())  # whose bits would be read as others
+    assert not cpu.takes(x.contiguous(memory_format=torch.channels_last), weight)
+    assert not cpu.takes(x.to("meta"), weight.to("meta"))
 
 
 @pytest.fixture

@@ -98,9 +98,9 @@ def choose(
         # Filters for each sample make a group convolution of as many groups, which cuDNN is slow at.
         return "scaled_inputs"
 
-    # The C++ kernel does nothing for dropped channels, but MKL's products, which know nothing of gates, do about twice
-    # as many multiplications a second.
-    if compiled and kept is not None and kept < 0.55 * channels:
+    # The C++ kernel does nothing for dropped channels and does as many multiplications a second as oneDNN's convolutions.
+    # MKL's products, which 1x1 filters amount to, do about twice as many, but know nothing of gates.
+    if compiled and (not pointwise or (kept is not None and kept < 0.55 * channels)):
         return "cpu"
     # Gathering saves the multiplications with dropped channels and costs copies. Measured on CPUs, fetching a pixel
     # of a channel and adding its gradient back costs as much as some 32 multiplications, and a filter's value some
@@ -131,7 +131,7 @@ _library.define(
 
 def _formulation(x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair):
     name = _forced
-    compiled = cpu.takes(x, weight, padding)
+    compiled = cpu.takes(x, weight)
     if name is None or (name == "cpu" and not compiled):
         kept = gathered.most_kept(gates) if x.device.type == "cpu" else None
         name = choose(x.shape, weight.shape, gates.shape[1], stride, padding, kept, x.device.type, compiled)

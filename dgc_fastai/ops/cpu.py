@@ -1,6 +1,6 @@
-"""`gated_conv2d` for 1x1 filters as a C++ kernel that visits kept channels only, where they lie; see cpu.cpp.
+"""`gated_conv2d` as a C++ kernel that visits kept channels only, where they lie; see cpu_kernel/kernel.cpp.
 
-The kernel is built when it is first needed, in a few seconds, and kept in the user's cache. Without a compiler
+The kernel is built when it is first needed, in some seconds, and kept in the user's cache. Without a compiler
 everything works by the other formulations.
 """
 
@@ -13,8 +13,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -22,20 +23,19 @@ from torch import Tensor
 from . import per_sample
 from .per_sample import Pair
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-TYPES = {torch.float32: "float32", torch.float64: "float64"}
+KERNEL = Path(__file__).with_name("cpu_kernel") / "kernel.cpp"
+TYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 VECTORS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]}
 
 log = logging.getLogger("dgc_fastai")
 
 
-def takes(x: Tensor, weight: Tensor, padding: Pair) -> bool:
+def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel is there and made for such a layer."""
     return (
         x.device.type == "cpu"
         and x.dtype in TYPES
         and weight.dtype == x.dtype
-        and per_sample.is_pointwise(weight.shape, padding)
         and x.is_contiguous()
         and library() is not None
     )
@@ -43,42 +43,96 @@ def takes(x: Tensor, weight: Tensor, padding: Pair) -> bool:
 
 def forward(x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """As `reference.gated_conv2d`."""
-    seen = per_sample.seen(x, stride)
-    y = seen.new_empty(len(seen), len(weight), *seen.shape[2:])
-    _call("forward", seen, gates, weight, seen, _gates(gates, x), _table(weight, gates), y)
-    return y
+    shape = _shape(x, gates, weight.shape, stride, padding, dilation)
+    return convolve(shape, x, _gates(gates, x), table(weight, gates.shape[1]))
 
 
 def backward(
     grad: Tensor, x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for x, gates and weight; nothing is computed for dropped channels."""
-    seen, table, values = per_sample.seen(x, stride), _table(weight, gates), _gates(gates, x)
-    dseen, dvalues = torch.empty_like(seen), torch.zeros_like(values)
-    dtables = table.new_zeros(torch.get_num_threads(), *table.shape)
-    _call("backward", seen, gates, weight, grad.contiguous(), seen, values, table, dseen, dvalues, dtables)
-    dweight = dtables.sum(0).permute(2, 0, 1).reshape(weight.shape)
-    if seen is x:
-        return dseen, dvalues.to(gates.dtype), dweight
-    dx = torch.zeros_like(x)
-    dx[:, :, :: stride[0], :: stride[1]] = dseen
+    if x.dtype == torch.bfloat16:  # sums of many, and read as often
+        found = backward(grad.float(), x.float(), gates, weight.float(), stride, padding, dilation)
+        return found[0].to(x.dtype), found[1], found[2].to(weight.dtype)
+    grad, values, filters = grad.contiguous(), _gates(gates, x), table(weight, gates.shape[1])
+    dvalues = torch.zeros_like(values)
+    if per_sample.is_pointwise(weight.shape, padding):
+        seen = per_sample.seen(x, stride)
+        shape = _shape(seen, gates, weight.shape, (1, 1), (0, 0), (1, 1))
+        dx = torch.empty_like(seen)
+        parts = filters.new_zeros(torch.get_num_threads(), *gates.shape[1:], len(weight) // gates.shape[1])
+        _call("backward_pointwise", x.dtype, shape, grad, seen, values, filters, dx, dvalues, parts)
+        dweight = parts.sum(0).permute(2, 0, 1).reshape(weight.shape)
+        if seen is not x:
+            dx, dseen = torch.zeros_like(x), dx
+            dx[:, :, :: stride[0], :: stride[1]] = dseen
+    else:
+        shape = _shape(x, gates, weight.shape, stride, padding, dilation)
+        dx, dweight = torch.zeros_like(x), weight.new_empty(weight.shape)
+        _call("backward_inputs", x.dtype, shape, grad, x, values, filters, dx, dvalues)
+        across = x.new_empty(_call("across", x.dtype, shape))
+        _call("backward_filters", x.dtype, shape, grad, x, values, across, dweight)
     return dx, dvalues.to(gates.dtype), dweight
 
 
+def convolve(
+    shape: ctypes.Array,
+    x: Tensor,
+    gates: Tensor,
+    filters: Tensor,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    rectify: bool = False,
+) -> Tensor:
+    """The convolution itself, and what inference has it do besides: `relu(gated_conv2d(relu(x * scale + shift)) + bias)`.
+
+    Args:
+        shape: of `_shape`.
+        gates, scale, shift, bias: contiguous, in the type of filters.
+        filters: of `table`.
+    """
+    y = x.new_empty(shape[0], shape[1] * shape[3], shape[5], shape[11])
+    _call("forward", x.dtype, shape, x, gates, filters, scale, shift, bias, rectify, y)
+    return y
+
+
+def table(weight: Tensor, heads: int) -> Tensor:
+    """Filters [O, C, kh, kw] as the kernel reads them: what 16 filters have for a tap of a channel lies together."""
+    filters = torch.empty(weight.shape, dtype=torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype)
+    outputs, channels, *taps = weight.shape
+    axes = [part for tap in taps for part in (1, 1, tap, 1, 0, 1)]
+    shape = (ctypes.c_int64 * 16)(1, heads, channels, outputs // heads, *axes)
+    _call("table", weight.dtype, shape, weight.contiguous(), filters)
+    return filters
+
+
 def _gates(gates: Tensor, x: Tensor) -> Tensor:
-    return gates.to(x.dtype).contiguous()
+    return gates.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype).contiguous()
 
 
-def _table(weight: Tensor, gates: Tensor) -> Tensor:
-    """[heads, C, O / heads]: what a kept channel needs lies together."""
-    return weight.flatten(1).unflatten(0, (-1, gates.shape[1])).permute(1, 2, 0).contiguous()
-
-
-def _call(name: str, seen: Tensor, gates: Tensor, weight: Tensor, *tensors: Tensor) -> None:
+def _shape(
+    x: Tensor, gates: Tensor, weight: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
+) -> ctypes.Array:
+    """`Shape` of layout.h."""
+    out = per_sample.output_shape(x.shape, weight, stride, padding, dilation)
+    axes = zip(x.shape[2:], out[2:], weight[2:], stride, padding, dilation)
     batch, heads, channels = gates.shape
-    shape = (ctypes.c_int64 * 5)(batch, heads, channels, len(weight) // heads, seen.shape[2] * seen.shape[3])
-    function = getattr(library(), f"dgc_{name}_{TYPES[seen.dtype]}")
-    function(shape, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors))
+    numbers = batch, heads, channels, weight[0] // heads, *(number for axis in axes for number in axis)
+    return (ctypes.c_int64 * 16)(*numbers)
+
+
+def _call(name: str, dtype: torch.dtype, shape: ctypes.Array, *arguments: Union[Tensor, int, None]) -> int:
+    """A function of kernel.cpp; what those return that return nothing means nothing."""
+    values = [part.data_ptr() if isinstance(part, Tensor) else part for part in arguments]
+    return _function(f"dgc_{name}_{TYPES[dtype]}", len(values))(shape, *values)
+
+
+@functools.cache
+def _function(name: str, arguments: int) -> Callable[..., int]:
+    function = getattr(library(), name)
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_void_p] * (1 + arguments)
+    return function
 
 
 @functools.cache
@@ -89,7 +143,7 @@ def library() -> Optional[ctypes.CDLL]:
     except (OSError, subprocess.SubprocessError) as error:
         reason = str(getattr(error, "stderr", None) or error).strip().splitlines()
         log.warning(
-            "The C++ kernel for 1x1 DGC layers cannot be built (%s): slower formulations take its place. A C++ "
+            "The C++ kernel for DGC layers cannot be built (%s): slower formulations take its place. A C++ "
             "compiler, such as g++, or CXX set to the path of one, makes it available.",
             reason[0] if reason else type(error).__name__,
         )
@@ -104,17 +158,18 @@ def _built() -> Path:
         raise OSError("there is no C++ compiler")
     torch_folder = Path(torch.__file__).parent
     compiling = ["-O3", "-std=c++17", "-fPIC", *VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    compiling += [f"-I{torch_folder / 'include'}", "-c", str(SOURCE)]
+    compiling += [f"-I{torch_folder / 'include'}", "-c", str(KERNEL)]
     if platform.system() == "Linux":
         # Not for linking: the OpenMP that PyTorch has brought along is to be used, threads and all.
         compiling.append("-fopenmp")
     linking = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    sources = b"".join(path.read_bytes() for path in sorted(KERNEL.parent.iterdir()))
     recipe = torch.__version__, compiler, compiling, linking
-    key = hashlib.sha256(SOURCE.read_bytes() + repr(recipe).encode()).hexdigest()[:16]
+    key = hashlib.sha256(sources + repr(recipe).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgc_fastai"
     target = folder / f"cpu-{key}.so"
     if not target.exists():
-        log.info("Building the C++ kernel for 1x1 DGC layers, once, in %s", folder)
+        log.info("Building the C++ kernel for DGC layers, once, in %s", folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build at a time
             run = functools.partial(subprocess.run, cwd=scratch, check=True, capture_output=True, text=True)

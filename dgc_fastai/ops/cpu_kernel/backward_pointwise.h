@@ -1,47 +1,17 @@
-// gated_conv2d for 1x1 filters on a CPU. The loops run over the channels that a sample and head keep, and over no
-// others. Built and called by cpu.py.
+// Gradients of the convolution for 1x1 filters without border or stride, where they are matrix products: of few numbers
+// a pixel, so that what matters is how often a pixel is fetched.
 //
-// Three small matrix products make up the operation and its gradients. In each, a block of results stays in up to
-// twelve vector registers while the loop over the summed dimension reads rows of pixels. Rows of an image lie a power of
-// two of bytes apart more often than not, so that they all compete for the same lines of the cache: a stretch of pixels
-// of the rows that are needed is copied side by side first, and read from there by all filters.
-//
-// Layout: x, dx [batch, channels, area]; y, dy [batch, filters, heads, area]; gates [batch, heads, channels];
-// weight, dweight [heads, channels, filters], where filters are those of one head.
+// A block of results stays in registers while the loop over the summed dimension reads rows of pixels. Rows of an image
+// lie a power of two of bytes apart more often than not, so that they all compete for the same lines of the cache: a
+// stretch of pixels of the rows that are needed is copied side by side first, and read from there by all filters.
+
+#pragma once
 
 #include <ATen/Parallel.h>
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
+#include "layout.h"
 
-namespace {
-
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#else
-constexpr int kBytes = 32;
-#endif
-
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(kBytes)));
-  static constexpr int64_t size = kBytes / sizeof(T);
-};
-
-template <typename T>
-inline typename Vector<T>::type load(const T* from) {
-  typename Vector<T>::type v;
-  std::memcpy(&v, from, sizeof(v));  // need not be aligned
-  return v;
-}
-
-template <typename T>
-inline void store(T* to, typename Vector<T>::type v) {
-  std::memcpy(to, &v, sizeof(v));
-}
+namespace dgc {
 
 // The channels that one head keeps for one sample, and that head's filters for them, scaled by the gates.
 template <typename T>
@@ -49,15 +19,15 @@ struct Kept {
   std::vector<int64_t> channels;
   std::vector<T> filters;  // [kept, filters]
 
-  void read(const T* gates, const T* weight, int64_t count, int64_t width) {
-    channels.clear();
-    for (int64_t c = 0; c < count; ++c) {
-      if (gates[c] != T(0)) channels.push_back(c);
-    }
-    filters.resize(channels.size() * width);
-    for (size_t i = 0; i < channels.size(); ++i) {
-      const T* from = weight + channels[i] * width;
-      for (int64_t j = 0; j < width; ++j) filters[i * width + j] = from[j] * gates[channels[i]];
+  void read(const Shape& n, const T* gates, const T* table, int64_t head) {
+    list_kept(n, gates, channels);
+    filters.resize(channels.size() * n.filters);
+    for (int64_t f = 0; f < n.filters; f += kBlock) {
+      const int64_t width = std::min(kBlock, n.filters - f);
+      for (size_t i = 0; i < channels.size(); ++i) {
+        const T *from = block_of(n, table, head, f) + channels[i] * width, gate = gates[channels[i]];
+        for (int64_t j = 0; j < width; ++j) filters[i * n.filters + f + j] = from[j] * gate;
+      }
     }
   }
 };
@@ -105,21 +75,21 @@ struct Stretch {
 
 // sums[r] = sum over s of factors[r * by_row + s * by_term] * rows[s], for ROWS results of VECTORS vectors each.
 template <typename T, int ROWS, int VECTORS, typename Done>
-inline void block(
+inline void rows_block(
     const T* rows, int64_t stride, int64_t length, const T* factors, int64_t by_row, int64_t by_term, Done done) {
   typename Vector<T>::type sums[ROWS][VECTORS] = {};
   for (int64_t s = 0; s < length; ++s, rows += stride, factors += by_term) {
     typename Vector<T>::type values[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) values[v] = load(rows + v * Vector<T>::size);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const T factor = factors[r * by_row];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; ++v) sums[r][v] += factor * values[v];
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) done(r, v, sums[r][v]);
@@ -132,7 +102,6 @@ void product(
     int64_t count, int64_t length, const Stretch<T>& stretch, int64_t width, const T* factors, int64_t by_row,
     int64_t by_term, Result result) {
   constexpr int64_t kSize = Vector<T>::size;
-  int64_t p = 0;
   const auto put = [&](int64_t r, int64_t at, typename Vector<T>::type v) {
     T* to = result(r) + at;
     if (at + kSize <= width) {
@@ -141,35 +110,14 @@ void product(
       for (int64_t i = 0; i < width - at; ++i) to[i] = ADD ? to[i] + v[i] : v[i];
     }
   };
-  const auto tile = [&](auto vectors) {
-    constexpr int kVectors = decltype(vectors)::value;
-    const T* rows = stretch.row(0) + p;
-    const int64_t stride = stretch.vectors * kSize;
-    int64_t r = 0;
-    const auto some = [&](auto size) {
-      constexpr int kRows = decltype(size)::value;
-      for (; r + kRows <= count; r += kRows) {
-        block<T, kRows, kVectors>(
-            rows, stride, length, factors + r * by_row, by_row, by_term,
-            [&](int i, int v, typename Vector<T>::type sum) { put(r + i, p + v * kSize, sum); });
-      }
-    };
-    some(std::integral_constant<int, 4>());
-    some(std::integral_constant<int, 1>());
-    p += kVectors * kSize;
-  };
-  for (int64_t left = stretch.vectors; left > 0;) {
-    if (left >= 3) {
-      tile(std::integral_constant<int, 3>());
-      left -= 3;
-    } else if (left == 2) {
-      tile(std::integral_constant<int, 2>());
-      left -= 2;
-    } else {
-      tile(std::integral_constant<int, 1>());
-      left -= 1;
-    }
-  }
+  in_threes(stretch.vectors, [&](int64_t at, auto vectors) {
+    const int64_t p = at * kSize;
+    in_rows(count, [&](int64_t r, auto size) {
+      rows_block<T, decltype(size)::value, decltype(vectors)::value>(
+          stretch.row(0) + p, stretch.vectors * kSize, length, factors + r * by_row, by_row, by_term,
+          [&](int i, int v, typename Vector<T>::type sum) { put(r + i, p + v * kSize, sum); });
+    });
+  });
 }
 
 // sums[r * by_row + c] += dot(left.row(r), right.row(c)), for ROWS x COLUMNS results.
@@ -221,51 +169,27 @@ void outer(int64_t rows, int64_t columns, const Stretch<T>& left, const Stretch<
   some_rows(std::integral_constant<int, 1>());
 }
 
-struct Shape {
-  int64_t batch, heads, channels, filters, area;
-};
-
+// As `backward_inputs` and `backward_filters`, but dx need not be given as zeros, and dweight is
+// [threads, heads, channels, filters] of zeros, to be summed by the caller.
 template <typename T>
-void forward(const Shape& n, const T* x, const T* gates, const T* weight, T* y) {
-  // Samples and heads share nothing, so both may go to different threads.
-  at::parallel_for(0, n.batch * n.heads, 1, [&](int64_t begin, int64_t end) {
-    Kept<T> kept;
-    Stretch<T> inputs;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / n.heads, h = i % n.heads;
-      kept.read(gates + i * n.channels, weight + h * n.channels * n.filters, n.channels, n.filters);
-      const int64_t count = kept.channels.size(), length = Stretch<T>::length(count, n.area);
-      for (int64_t p = 0; p < n.area; p += length) {
-        const int64_t width = std::min(length, n.area - p);
-        inputs.copy(count, width, [&](int64_t s) { return x + (b * n.channels + kept.channels[s]) * n.area + p; });
-        product<T, false>(
-            n.filters, count, inputs, width, kept.filters.data(), 1, n.filters,
-            [&](int64_t j) { return y + ((b * n.filters + j) * n.heads + h) * n.area + p; });
-      }
-    }
-  });
-}
-
-// dgates are given as zeros; dweight is [threads, heads, channels, filters] of zeros, to be summed by the caller.
-template <typename T>
-void backward(
-    const Shape& n, const T* dy, const T* x, const T* gates, const T* weight, T* dx, T* dgates, T* dweight) {
+void backward_pointwise(
+    const Shape& n, const T* dy, const T* x, const T* gates, const T* table, T* dx, T* dgates, T* dweight) {
   at::parallel_for(0, n.batch, 1, [&](int64_t begin, int64_t end) {
     Kept<T> kept;
     Stretch<T> inputs, gradients, across;
     std::vector<T> sums;
     T* dtable = dweight + at::get_thread_num() * n.heads * n.channels * n.filters;
     for (int64_t i = begin * n.heads; i < end * n.heads; ++i) {
-      const int64_t b = i / n.heads, h = i % n.heads, table = h * n.channels * n.filters;
-      if (h == 0) std::fill_n(dx + b * n.channels * n.area, n.channels * n.area, T(0));  // soon read again
-      kept.read(gates + i * n.channels, weight + table, n.channels, n.filters);
-      const int64_t count = kept.channels.size(), length = Stretch<T>::length(count + n.filters, n.area);
+      const int64_t b = i / n.heads, h = i % n.heads;
+      if (h == 0) std::fill_n(dx + b * n.channels * n.area(), n.channels * n.area(), T(0));  // soon read again
+      kept.read(n, gates + i * n.channels, table, h);
+      const int64_t count = kept.channels.size(), length = Stretch<T>::length(count + n.filters, n.area());
       sums.assign(count * n.filters, T(0));
-      for (int64_t p = 0; p < n.area; p += length) {
-        const int64_t width = std::min(length, n.area - p);
-        const auto place = [&](int64_t s) { return (b * n.channels + kept.channels[s]) * n.area + p; };
+      for (int64_t p = 0; p < n.area(); p += length) {
+        const int64_t width = std::min(length, n.area() - p);
+        const auto place = [&](int64_t s) { return (b * n.channels + kept.channels[s]) * n.area() + p; };
         inputs.copy(count, width, [&](int64_t s) { return x + place(s); });
-        gradients.copy(n.filters, width, [&](int64_t j) { return dy + ((b * n.filters + j) * n.heads + h) * n.area + p; });
+        gradients.copy(n.filters, width, [&](int64_t j) { return dy + ((b * n.filters + j) * n.heads + h) * n.area() + p; });
         product<T, true>(
             count, n.filters, gradients, width, kept.filters.data(), n.filters, 1,
             [&](int64_t s) { return dx + place(s); });
@@ -279,12 +203,16 @@ void backward(
         }
       }
       for (int64_t s = 0; s < count; ++s) {
-        const int64_t channel = kept.channels[s], at = table + channel * n.filters;
+        const int64_t channel = kept.channels[s];
         const T gate = gates[i * n.channels + channel], *found = sums.data() + s * n.filters;
-        T sum = 0;
-        for (int64_t j = 0; j < n.filters; ++j) {
-          sum += found[j] * weight[at + j];
-          dtable[at + j] += found[j] * gate;
+        T *to = dtable + (h * n.channels + channel) * n.filters, sum = 0;
+        for (int64_t f = 0; f < n.filters; f += kBlock) {
+          const int64_t width = std::min(kBlock, n.filters - f);
+          const T* filters = block_of(n, table, h, f) + channel * width;
+          for (int64_t j = 0; j < width; ++j) {
+            sum += found[f + j] * filters[j];
+            to[f + j] += found[f + j] * gate;
+          }
         }
         dgates[i * n.channels + channel] = sum;
       }
@@ -292,16 +220,4 @@ void backward(
   });
 }
 
-}  // namespace
-
-#define DGC_EXPORT(T, SUFFIX)                                                                                    \
-  extern "C" void dgc_forward_##SUFFIX(const Shape* n, const T* x, const T* gates, const T* weight, T* y) {      \
-    forward<T>(*n, x, gates, weight, y);                                                                         \
-  }                                                                                                              \
-  extern "C" void dgc_backward_##SUFFIX(                                                                         \
-      const Shape* n, const T* dy, const T* x, const T* gates, const T* weight, T* dx, T* dgates, T* dweight) {  \
-    backward<T>(*n, dy, x, gates, weight, dx, dgates, dweight);                                                  \
-  }
-
-DGC_EXPORT(float, float32)
-DGC_EXPORT(double, float64)
+}  // namespace dgc

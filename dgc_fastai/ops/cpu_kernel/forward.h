@@ -1,0 +1,150 @@
+// The convolution, for filters of any size. Per sample and head the kept channels are copied side by side, scaled by
+// their gates; then blocks of results stay in registers while the loop runs over kept channels and taps.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include "layout.h"
+
+namespace dgc {
+
+// sums[r][:] (start with bias[r], or go on) += filters[r] * pixels over kept channels and taps, for ROWS filters and
+// VECTORS vectors of neighbouring results.
+template <typename T, int ROWS, int VECTORS>
+inline void block(
+    const T* pixels, int64_t plane, const std::vector<int64_t>& offsets, const int64_t* kept, int64_t count,
+    const T* filters, int64_t width, bool first, bool rectify, const T* bias, T* sums, int64_t pitch) {
+  using V = typename Vector<T>::type;
+  constexpr int64_t kSize = Vector<T>::size;
+  const int64_t taps = offsets.size();
+  const int64_t* offset = offsets.data();
+  V results[ROWS][VECTORS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) results[r][v] = first ? V{} + bias[r] : load(sums + r * pitch + v * kSize);
+  }
+  const auto add = [&](const T* from, const T* factors) {
+    V values[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) values[v] = load(from + v * kSize);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const T factor = factors[r];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) results[r][v] += factor * values[v];
+    }
+  };
+  if (taps == 1) {  // a loop of one round would cost as much as what it does
+    for (int64_t s = 0; s < count; ++s, pixels += plane) add(pixels, filters + kept[s] * width);
+  } else {
+    for (int64_t s = 0; s < count; ++s, pixels += plane) {
+      const T* factors = filters + kept[s] * taps * width;
+      for (int64_t t = 0; t < taps; ++t, factors += width) add(pixels + offset[t], factors);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) {
+      V result = results[r][v];
+      if (rectify) result = result < 0 ? V{} : result;  // NaN stays
+      store(sums + r * pitch + v * kSize, result);
+    }
+  }
+}
+
+// y [batch, filters, heads, y.out, x.out] from x [batch, channels, y.size, x.size], gates [batch, heads, channels] and
+// the table of filters. May be null: scale and shift [channels], for relu(x * scale + shift) instead of x; bias
+// [filters, heads]. With `rectify` y is rectified. S is the type of values in memory, T that of sums.
+template <typename S, typename T>
+void forward(
+    const Shape& n, const S* x, const T* gates, const T* table, const T* scale, const T* shift, const T* bias,
+    bool rectify, S* y) {
+  constexpr int64_t kSize = Vector<T>::size;
+  const int64_t units = n.batch * n.heads, most = most_kept(n, gates);
+  const int64_t rows = Packing::fitting_rows(n, most, sizeof(T), units, at::get_num_threads());
+  const int64_t tiles = (n.y.out + rows - 1) / rows;
+  const Packing packing(n, rows);
+  // Results that have nothing between their rows need not be copied once more.
+  const bool direct = std::is_same<S, T>::value && packing.pitch == n.x.out;
+
+  at::parallel_for(0, units * tiles, 1, [&](int64_t begin, int64_t end) {
+    const int64_t pitch = vectors_for<T>(packing.line(n, rows)) * kSize;
+    std::vector<int64_t> kept;
+    std::vector<T> pixels(most * packing.plane + 4 * kSize), sums(kBlock * pitch), biases(kBlock);
+    int64_t row_before = -1, unit_before = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t unit = i / tiles, b = unit / n.heads, h = unit % n.heads, row = i % tiles * rows;
+      const int64_t height = std::min(rows, n.y.out - row), line = packing.line(n, height);
+      const T* gate = gates + unit * n.channels;
+      if (unit != unit_before) list_kept(n, gate, kept);
+      if (row != row_before) std::fill(pixels.begin(), pixels.end(), T(0));
+      unit_before = unit;
+      row_before = row;
+      const int64_t count = kept.size();
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t c = kept[s];
+        const S* from = x + (b * n.channels + c) * n.area();
+        T* to = pixels.data() + s * packing.plane;
+        const T g = gate[c];
+        if (scale == nullptr) {
+          packing.copy(n, row, height, from, to, [g](T v) { return v * g; });
+        } else {
+          const T a = scale[c], d = shift[c];
+          packing.copy(n, row, height, from, to, [=](T v) {
+            v = v * a + d;
+            return (v < 0 ? T(0) : v) * g;  // NaN stays
+          });
+        }
+      }
+
+      for (int64_t f = 0; f < n.filters; f += kBlock) {
+        const int64_t width = std::min(kBlock, n.filters - f);
+        const T* filters = block_of(n, table, h, f);
+        const auto place = [&](int64_t j) { return y + ((b * n.filters + f + j) * n.heads + h) * n.out_area() + row * n.x.out; };
+        for (int64_t j = 0; j < width; ++j) biases[j] = bias == nullptr ? T(0) : bias[(f + j) * n.heads + h];
+        const int64_t straight = direct ? line / kSize * kSize : 0;  // whole vectors go where they belong
+        const int64_t near = n.taps() * width + n.y.taps * 4 * kSize;
+        const int64_t step = std::max<int64_t>(kNear / int64_t(sizeof(T)) / near, 1);
+        for (int64_t s = 0; s == 0 || s < count; s += step) {
+          const int64_t some = std::min(step, count - s);
+          const bool last = s + some == count;
+          const auto tile = [&](int64_t p, auto vectors, bool within) {
+            in_rows(width, [&](int64_t r, auto size) {
+              T* to = sums.data() + r * pitch + p;
+              int64_t apart = pitch;
+              if constexpr (std::is_same<S, T>::value) {
+                if (within) {
+                  to = place(r) + p;
+                  apart = n.heads * n.out_area();
+                }
+              }
+              block<T, decltype(size)::value, decltype(vectors)::value>(
+                  pixels.data() + s * packing.plane + p, packing.plane, packing.offsets, kept.data() + s, some,
+                  filters + r, width, s == 0, rectify && last, biases.data() + r, to, apart);
+            });
+          };
+          in_threes(straight / kSize, [&](int64_t at, auto vectors) { tile(at * kSize, vectors, true); });
+          in_threes(vectors_for<T>(line - straight), [&](int64_t at, auto vectors) {
+            tile(straight + at * kSize, vectors, false);
+          });
+        }
+        for (int64_t j = 0; j < width; ++j) {
+          const T* from = sums.data() + j * pitch;
+          S* to = place(j);
+          if (direct) {
+            for (int64_t p = straight; p < line; ++p) to[p] = S(from[p]);
+            continue;
+          }
+          for (int64_t r = 0; r < height; ++r, from += packing.pitch, to += n.x.out) {
+            for (int64_t q = 0; q < n.x.out; ++q) to[q] = S(from[q]);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace dgc
