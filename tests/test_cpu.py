@@ -1,13 +1,16 @@
 """The C++ kernel: every remainder of its blocks, and what happens where it cannot be built."""
 
 import logging
+import random
 import subprocess
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_ops import run
 
-from dgc_fastai.ops import cpu, gated_conv2d, reference, use_formulation
+from dgc_fastai.ops import cpu, gated_conv2d, per_sample, reference, use_formulation
 
 ONE, NONE = (1, 1), (0, 0)
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler here")
@@ -129,6 +132,88 @@ def gated(name, tensors, geometry):
         return gated_conv2d(*tensors, *geometry)
 
 
+def plain(x, gates, weight, stride, padding, dilation):
+    """The definition once more, a convolution a head, in which a dropped channel is not there at all."""
+    heads = gates.shape[1]
+    parts = []
+    for head in range(heads):
+        gate = gates[:, head, :, None, None]
+        inputs = torch.where(gate == 0, 0, x * gate)
+        parts.append(F.conv2d(inputs, weight[head::heads], None, stride, padding, dilation))
+    return torch.stack(parts, 2).flatten(1, 2)
+
+
+def random_case(draw):
+    """Tensors and geometry of a layer that nobody would build, and how it is odd."""
+
+    def sides(choices):
+        return draw.choice(choices), draw.choice(choices)
+
+    while True:
+        taps, stride = sides([1, 1, 2, 3, 3, 3, 5]), sides([1, 1, 1, 2, 2, 3])
+        padding, dilation = sides([0, 0, 1, 1, 2, 4]), sides([1, 1, 1, 2, 3])
+        height, width = draw.randint(1, 20), draw.randint(1, 36)
+        batch, heads, channels = draw.randint(0, 3), draw.randint(1, 8), draw.choice([1, 2, 3, 5, 8, 16, 29, 64])
+        filters = draw.choice([1, 2, 3, 4, 5, 8, 13, 16, 17, 32, 37])
+        shape = (batch, channels, height, width), (heads * filters, channels, *taps), stride, padding, dilation
+        if min(per_sample.output_shape(*shape)[2:]) > 0:
+            break
+    dtype = draw.choice([torch.float32, torch.float64])
+    x, weight = torch.randn(shape[0], dtype=dtype), torch.randn(shape[1], dtype=dtype)
+    gates = torch.rand(batch, heads, channels, dtype=dtype) + 0.1
+    setting = draw.choice(["some kept", "some kept", "all kept", "one kept", "none kept", "all equal", "not finite"])
+    if setting in ("some kept", "not finite"):
+        gates *= torch.rand_like(gates) < draw.random()
+    elif setting == "one kept":
+        gates *= F.one_hot(torch.randint(channels, gates.shape[:2]), channels)
+    elif setting == "none kept":
+        gates.zero_()
+    elif setting == "all equal":
+        gates.fill_(0.7)
+    if setting == "not finite":
+        for value in (float("nan"), float("inf"), -float("inf")):
+            x[torch.rand_like(x) < 0.01] = value
+    return x, gates, weight, shape[2:], setting
+
+
+@needs_compiler
+def test_2000_random_layers():
+    """Nothing may be read or written out of bounds either, which AddressSanitizer tells if pytest -n0 is run with
+    CXXFLAGS=-fsanitize=address, the same as LDFLAGS, ASAN_OPTIONS=detect_leaks=0 and
+    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"."""
+    agree_on_random_layers(2000)
+
+
+def agree_on_random_layers(count):
+    draw = random.Random(0)
+    torch.manual_seed(0)
+    for number in range(count):
+        x, gates, weight, geometry, setting = random_case(draw)
+        expected = plain(x, gates, weight, *geometry)
+        y = cpu.forward(x, gates, weight, *geometry)
+        close = partial(_close, number, setting)
+        close(y, expected)
+        grad = torch.randn_like(y)
+        found = cpu.backward(grad, x, gates, weight, *geometry)
+        if setting != "not finite":  # gradients spread over whole tensors then
+            leaves = [part.requires_grad_() for part in (x, gates, weight)]
+            for ours, theirs in zip(found, torch.autograd.grad(plain(*leaves, *geometry), leaves, grad)):
+                close(ours, theirs)
+
+
+def _close(number, setting, ours, theirs):
+    limit = 1e-5 if ours.dtype == torch.float32 else 1e-12
+    scale = max(1.0, float(theirs.detach().nan_to_num(0, 0, 0).abs().max())) if theirs.numel() else 1.0
+    torch.testing.assert_close(
+        ours,
+        theirs,
+        rtol=limit,
+        atol=limit * scale,
+        equal_nan=True,
+        msg=lambda message: f"layer {number}, {setting}, {tuple(theirs.shape)}: {message}",
+    )
+
+
 @needs_compiler
 def test_bfloat16_is_float32_rounded():
     x, gates, weight, _, _ = case(3, 2, 12, 20, 7, 6, 0.6, taps=(3, 3))
@@ -173,9 +258,21 @@ def test_takes_only_what_it_is_made_for():
 @pytest.fixture
 def not_built(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu.library.cache_clear()
+    forget_library()
     yield tmp_path / "dgc_fastai"
+    forget_library()
+
+
+def forget_library():
     cpu.library.cache_clear()
+    cpu._function.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [[], ["-DDGC_WIDE_VECTORS", "-Wno-psabi"]], ids=["portable", "512 bits"])
+def test_vectors_of_other_processors(not_built, monkeypatch, flags):
+    monkeypatch.setattr(cpu, "VECTORS", {torch.backends.cpu.get_cpu_capability(): flags})
+    agree_on_random_layers(300)
 
 
 @needs_compiler
@@ -183,7 +280,7 @@ def test_built_once_and_nothing_else_is_left(not_built, monkeypatch):
     assert cpu.library() is not None
     (built,) = not_built.iterdir()
     assert built.suffix == ".so"
-    cpu.library.cache_clear()
+    forget_library()
     monkeypatch.setattr(subprocess, "run", None)
     assert cpu.library() is not None
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -158,11 +159,12 @@ def _built() -> Path:
         raise OSError("there is no C++ compiler")
     torch_folder = Path(torch.__file__).parent
     compiling = ["-O3", "-std=c++17", "-fPIC", *VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    compiling += shlex.split(os.environ.get("CXXFLAGS", ""))
     compiling += [f"-I{torch_folder / 'include'}", "-c", str(KERNEL)]
     if platform.system() == "Linux":
         # Not for linking: the OpenMP that PyTorch has brought along is to be used, threads and all.
         compiling.append("-fopenmp")
-    linking = ["-shared", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    linking = ["-shared", *shlex.split(os.environ.get("LDFLAGS", "")), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     sources = b"".join(path.read_bytes() for path in sorted(KERNEL.parent.iterdir()))
     recipe = torch.__version__, compiler, compiling, linking
     key = hashlib.sha256(sources + repr(recipe).encode()).hexdigest()[:16]

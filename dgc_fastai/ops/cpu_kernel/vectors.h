@@ -8,7 +8,7 @@
 
 namespace dgc {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(DGC_WIDE_VECTORS)  // the latter to test it on any processor
 constexpr int kBytes = 64, kRows = 8;  // of 32 registers, 3 x 8 hold results
 #else
 constexpr int kBytes = 32, kRows = 4;  // of 16 registers, 3 x 4
