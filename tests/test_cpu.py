@@ -269,7 +269,7 @@ def forget_library():
 
 
 @needs_compiler
-@pytest.mark.parametrize("flags", [[], ["-DDGC_WIDE_VECTORS", "-Wno-psabi"]], ids=["portable", "512 bits"])
+@pytest.mark.parametrize("flags", [["-O1"], ["-O1", "-DDGC_WIDE_VECTORS"]], ids=["portable", "512 bits"])
 def test_vectors_of_other_processors(not_built, monkeypatch, flags):
     monkeypatch.setattr(cpu, "VECTORS", {torch.backends.cpu.get_cpu_capability(): flags})
     agree_on_random_layers(300)
