@@ -10,6 +10,7 @@ if "DGC_FASTAI_RECIPE_ONLY" not in _os.environ:
     from .checkpoint import load_checkpoint, save_checkpoint
     from .conv import DynamicGroupConv2d, gate_penalty, set_progress
     from .convert import convert
+    from .deploy import deploy
     from .errors import CheckpointError, RecipeError
     from .learner import build_learner, dgc_learner
     from .recipe import load_recipe
@@ -22,6 +23,7 @@ if "DGC_FASTAI_RECIPE_ONLY" not in _os.environ:
         "budget",
         "build_learner",
         "convert",
+        "deploy",
         "dgc_learner",
         "gate_penalty",
         "load_checkpoint",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from .ops import folded_norm, gated_conv2d, norm_on_load
+from .ops.gates import drop_smallest, head_gates, pool
 from .ops.reference import apply_norm
 
 __all__ = ["DynamicGroupConv2d", "dgc_layers", "gate_penalty", "num_inactive", "set_progress", "squeezed_channels"]
@@ -32,24 +33,6 @@ def num_inactive(channels: int, gate_factor: float, progress: float) -> int:
     return round(channels * (1 - gate_factor))
 
 
-def drop_smallest(gates: Tensor, count: Tensor) -> Tensor:
-    """Zero every gate that is not above its row's `count`-th smallest, ties included.
-
-    `count` is an integer tensor of no dimensions. Reading it as a Python number would stall a GPU at every layer and
-    recompile a compiled model whenever it changes, so that happens in eager mode on a CPU only, where it saves the
-    sorting.
-    """
-    if not torch.jit.is_scripting():
-        if gates.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            if count == 0:
-                return gates
-            threshold = gates.detach().kthvalue(int(count), dim=-1, keepdim=True).values
-            return gates.masked_fill(gates <= threshold, 0)
-    ascending = gates.detach().sort(dim=-1).values
-    threshold = ascending.index_select(-1, (count - 1).clamp(min=0).reshape(1))
-    return gates.masked_fill((gates <= threshold) & (count > 0), 0)
-
-
 def squeezed_channels(channels: int, squeeze_rate: int) -> int:
     """Hidden units of each head's gates. Narrow layers squeeze half as much, as the authors' code does."""
     rate = squeeze_rate // 2 if channels < 80 else squeeze_rate
@@ -57,7 +40,7 @@ def squeezed_channels(channels: int, squeeze_rate: int) -> int:
 
 
 class HeadGates(nn.Module):
-    """The gates of all heads from the pooled features: `relu(W2 relu(W1 a) + b)`, one W1, W2, b per head."""
+    """The gates of all heads from the pooled features; see `ops.gates.head_gates`."""
 
     def __init__(self, channels: int, heads: int, squeeze_rate: int):
         super().__init__()
@@ -74,25 +57,13 @@ class HeadGates(nn.Module):
             nn.init.normal_(weight, std=(2 / weight.shape[-1]) ** 0.5)
         nn.init.ones_(self.bias)
 
-    def _gates(self, pooled: Tensor) -> Tensor:
-        pooled = pooled.float()
-        squeezed = F.relu(F.linear(pooled, self.squeeze.float().flatten(0, 1)))  # every head in one product
-        squeezed = squeezed.unflatten(1, self.squeeze.shape[:2]).transpose(0, 1)
-        excited = torch.baddbmm(self.bias.float().unsqueeze(1), squeezed, self.excite.float().transpose(1, 2))
-        return F.relu(excited).transpose(0, 1)
-
     def forward(self, pooled: Tensor) -> Tensor:
-        """[B, C] -> [B, heads, C], in float32 whatever the input: a rounded gate can flip a selection."""
+        """[B, C] -> [B, heads, C], in float32 whatever the input."""
         if not torch.jit.is_scripting():  # TorchScript knows no autocast, and the meta device has none
             if pooled.device.type != "meta":
                 with torch.autocast(pooled.device.type, enabled=False):
-                    return self._gates(pooled)
-        return self._gates(pooled)
-
-
-def pool(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C], the mean in float32. Not `mean`, whose gradient is as large as x; a sum's is a view."""
-    return x.sum((2, 3), dtype=torch.float32) / (x.shape[2] * x.shape[3])
+                    return head_gates(pooled, self.squeeze, self.excite, self.bias)
+        return head_gates(pooled, self.squeeze, self.excite, self.bias)
 
 
 class Again:

@@ -230,23 +230,6 @@ def test_bfloat16_is_float32_rounded():
     assert [part.dtype for part in found] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
-@needs_compiler
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_bias_and_relu_on_the_way(dtype):
-    for side, stride in ((1, (1, 1)), (3, (1, 1)), (3, (2, 2))):
-        x, gates, weight, _, _ = (
-            part if part is None else part.detach() for part in case(2, 2, 9, 21, 7, 6, 0.6, taps=(side, side))
-        )
-        x, weight, padding = x.to(dtype), weight.to(dtype), (side // 2, side // 2)
-        scale, shift, bias = torch.randn(9), torch.randn(9), torch.randn(42)
-        shape = cpu._shape(x, gates, weight.shape, stride, padding, ONE)
-        y = cpu.convolve(shape, x, gates, cpu.table(weight, 2), scale, shift, bias, True)
-        expected = reference.gated_conv2d(x.float(), gates, weight.float(), scale, shift, stride, padding, ONE)
-        expected = (expected + bias.view(1, -1, 1, 1)).relu()
-        limit = 1e-4 if dtype == torch.float32 else 5e-3 * float(expected.max())
-        torch.testing.assert_close(y.float(), expected, rtol=1e-4 if dtype == torch.float32 else 1e-2, atol=limit)
-
-
 def test_takes_only_what_it_is_made_for():
     x, weight = torch.randn(2, 8, 4, 4), torch.randn(4, 8, 1, 1)
     assert not cpu.takes(x.half(), weight.half())

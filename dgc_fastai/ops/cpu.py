@@ -14,7 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional, Union
 
@@ -44,8 +44,10 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 def forward(x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """As `reference.gated_conv2d`."""
-    shape = _shape(x, gates, weight.shape, stride, padding, dilation)
-    return convolve(shape, x, _gates(gates, x), table(weight, gates.shape[1]))
+    shape = _shape(x.shape, gates.shape[1], weight.shape, stride, padding, dilation)
+    y = _result(x, shape)
+    _call("forward", x.dtype, shape, x, _gates(gates, x), table(weight, gates.shape[1]), y)
+    return y
 
 
 def backward(
@@ -59,7 +61,7 @@ def backward(
     dvalues = torch.zeros_like(values)
     if per_sample.is_pointwise(weight.shape, padding):
         seen = per_sample.seen(x, stride)
-        shape = _shape(seen, gates, weight.shape, (1, 1), (0, 0), (1, 1))
+        shape = _shape(seen.shape, gates.shape[1], weight.shape, (1, 1), (0, 0), (1, 1))
         dx = torch.empty_like(seen)
         parts = filters.new_zeros(torch.get_num_threads(), *gates.shape[1:], len(weight) // gates.shape[1])
         _call("backward_pointwise", x.dtype, shape, grad, seen, values, filters, dx, dvalues, parts)
@@ -68,7 +70,7 @@ def backward(
             dx, dseen = torch.zeros_like(x), dx
             dx[:, :, :: stride[0], :: stride[1]] = dseen
     else:
-        shape = _shape(x, gates, weight.shape, stride, padding, dilation)
+        shape = _shape(x.shape, gates.shape[1], weight.shape, stride, padding, dilation)
         dx, dweight = torch.zeros_like(x), weight.new_empty(weight.shape)
         _call("backward_inputs", x.dtype, shape, grad, x, values, filters, dx, dvalues)
         across = x.new_empty(_call("across", x.dtype, shape))
@@ -76,31 +78,87 @@ def backward(
     return dx, dvalues.to(gates.dtype), dweight
 
 
-def convolve(
-    shape: ctypes.Array,
+def takes_layer(x: Tensor, filters: Tensor) -> bool:
+    """Whether `layer` is there and made for such an input, the images of which may be apart from one another."""
+    channels, height, width = x.shape[1:]
+    return (
+        filters.numel() > 0
+        and x.device.type == "cpu"
+        and x.dtype in TYPES
+        and filters.dtype == sums_type(x.dtype)
+        and (x.is_contiguous() or x.stride()[1:] == (height * width, width, 1))
+        and library() is not None
+    )
+
+
+def layer(
     x: Tensor,
-    gates: Tensor,
+    scale: Optional[Tensor],
+    shift: Optional[Tensor],
+    squeeze: Tensor,
+    excite: Tensor,
+    gate_bias: Tensor,
+    inactive: Tensor,
     filters: Tensor,
-    scale: Optional[Tensor] = None,
-    shift: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    rectify: bool = False,
+    bias: Optional[Tensor],
+    rectify: bool,
+    weight: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
-    """The convolution itself, and what inference has it do besides: `relu(gated_conv2d(relu(x * scale + shift)) + bias)`.
+    """As `layer.plain`, but for two arguments. All but x are contiguous, and in `sums_type` of x's type.
 
     Args:
-        shape: of `_shape`.
-        gates, scale, shift, bias: contiguous, in the type of filters.
+        excite: [heads, hidden, C].
         filters: of `table`.
+        weight: their shape before, [O, C, kh, kw].
     """
-    y = x.new_empty(shape[0], shape[1] * shape[3], shape[5], shape[11])
-    _call("forward", x.dtype, shape, x, gates, filters, scale, shift, bias, rectify, y)
+    shape = _shape(x.shape, len(squeeze), weight, stride, padding, dilation)
+    y = _result(x, shape)
+    gating = squeeze, excite, gate_bias, squeeze.shape[1], inactive
+    _call("layer", x.dtype, shape, x, x.stride(0), *gating, filters, scale, shift, bias, rectify, y)
     return y
+
+
+def group_table(weight: Tensor, groups: int) -> Tensor:
+    """As `table`, for `group`; filters [O, C / groups, kh, kw]."""
+    return table(weight.unflatten(0, (groups, -1)).transpose(0, 1).flatten(0, 1), groups)
+
+
+def group(
+    x: Tensor,
+    filters: Tensor,
+    bias: Optional[Tensor],
+    groups: int,
+    weight: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    out: Optional[Tensor] = None,
+) -> Tensor:
+    """An ordinary group convolution; oneDNN's is slow for groups of a few channels.
+
+    Args:
+        filters: of `group_table`.
+        weight: their shape before, [O, C / groups, kh, kw].
+        out: is to be the result, if given; its images may be apart from one another.
+    """
+    (batch, channels, *sides) = x.shape
+    shape = _shape((batch, channels // groups, *sides), groups, weight, stride, padding, dilation)
+    y = _result(x, shape) if out is None else out
+    _call("group", x.dtype, shape, x, x.stride(0), filters, bias, y, y.stride(0))
+    return y
+
+
+def sums_type(dtype: torch.dtype) -> torch.dtype:
+    """The type of what is not as large as images."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def table(weight: Tensor, heads: int) -> Tensor:
     """Filters [O, C, kh, kw] as the kernel reads them: what 16 filters have for a tap of a channel lies together."""
-    filters = torch.empty(weight.shape, dtype=torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype)
+    filters = torch.empty(weight.shape, dtype=sums_type(weight.dtype))
     outputs, channels, *taps = weight.shape
     axes = [part for tap in taps for part in (1, 1, tap, 1, 0, 1)]
     shape = (ctypes.c_int64 * 16)(1, heads, channels, outputs // heads, *axes)
@@ -109,17 +167,28 @@ def table(weight: Tensor, heads: int) -> Tensor:
 
 
 def _gates(gates: Tensor, x: Tensor) -> Tensor:
-    return gates.to(torch.float32 if x.dtype == torch.bfloat16 else x.dtype).contiguous()
+    return gates.to(sums_type(x.dtype)).contiguous()
+
+
+def _result(x: Tensor, shape: ctypes.Array) -> Tensor:
+    return x.new_empty(shape[0], shape[1] * shape[3], shape[5], shape[11])
 
 
 def _shape(
-    x: Tensor, gates: Tensor, weight: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair
+    x: Sequence[int], heads: int, weight: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
 ) -> ctypes.Array:
     """`Shape` of layout.h."""
-    out = per_sample.output_shape(x.shape, weight, stride, padding, dilation)
-    axes = zip(x.shape[2:], out[2:], weight[2:], stride, padding, dilation)
-    batch, heads, channels = gates.shape
-    numbers = batch, heads, channels, weight[0] // heads, *(number for axis in axes for number in axis)
+    try:
+        return _known_shape(x, heads, weight, stride, padding, dilation)
+    except TypeError:  # the dispatcher makes lists of tuples
+        return _known_shape(x, heads, weight, tuple(stride), tuple(padding), tuple(dilation))
+
+
+@functools.lru_cache(4096)
+def _known_shape(x, heads, weight, stride, padding, dilation):
+    out = per_sample.output_shape(x, weight, stride, padding, dilation)
+    axes = zip(x[2:], out[2:], weight[2:], stride, padding, dilation)
+    numbers = x[0], heads, x[1], weight[0] // heads, *(number for axis in axes for number in axis)
     return (ctypes.c_int64 * 16)(*numbers)
 
 
@@ -164,7 +233,13 @@ def _built() -> Path:
     if platform.system() == "Linux":
         # Not for linking: the OpenMP that PyTorch has brought along is to be used, threads and all.
         compiling.append("-fopenmp")
-    linking = ["-shared", *shlex.split(os.environ.get("LDFLAGS", "")), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    linking = [
+        "-shared",
+        *shlex.split(os.environ.get("LDFLAGS", "")),
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
     sources = b"".join(path.read_bytes() for path in sorted(KERNEL.parent.iterdir()))
     recipe = torch.__version__, compiler, compiling, linking
     key = hashlib.sha256(sources + repr(recipe).encode()).hexdigest()[:16]

@@ -22,8 +22,8 @@ def affine(norm: nn.BatchNorm2d, mean: Tensor, inverse: Tensor) -> tuple[Tensor,
     """Scale and shift of a norm whose features have this mean and inverse standard deviation."""
     if norm.weight is None:
         return inverse, -mean * inverse
-    scale = inverse * norm.weight.float()
-    return scale, norm.bias.float() - mean * scale
+    scale = inverse * norm.weight.to(inverse.dtype)
+    return scale, norm.bias.to(inverse.dtype) - mean * scale
 
 
 def _count(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, size: int) -> None:

@@ -75,6 +75,7 @@ struct Packing {
   std::vector<std::pair<int64_t, int64_t>> phases;
   std::vector<int64_t> offsets;  // of taps
   int64_t rows, pitch, shared, phase_size, plane;
+  bool bordered;  // whether `copy` leaves something out that has to be zero
 
   // For so many rows of the result at a time.
   Packing(const Shape& n, int64_t rows) : rows(rows) {
@@ -96,6 +97,7 @@ struct Packing {
       }
     }
     plane = phase_size * phases.size();
+    bordered = n.taps() > 1 || n.y.padding > 0 || n.x.padding > 0;
   }
 
   // Results of so many rows, with what lies between them.
@@ -121,14 +123,14 @@ struct Packing {
       const int64_t top = std::max(row, n.y.first(a)), bottom = std::min(row + count + n.y.reach(), n.y.last(a));
       T* out = to + i * phase_size + (top - row) * pitch + left;
       const S* from = x + n.y.pixel(top, a) * n.x.size + n.x.pixel(left, b);
-      const int64_t stride = n.x.stride;
       for (int64_t r = top; r < bottom; ++r, out += pitch, from += n.y.stride * n.x.size) {
-        if (stride == 1) {
+        // Written out, because compilers make vectors of strides they know only.
+        if (n.x.stride == 1) {
           for (int64_t j = 0; j < width; ++j) out[j] = value(T(from[j]));
-        } else if (stride == 2) {
+        } else if (n.x.stride == 2) {
           for (int64_t j = 0; j < width; ++j) out[j] = value(T(from[2 * j]));
         } else {
-          for (int64_t j = 0; j < width; ++j) out[j] = value(T(from[j * stride]));
+          for (int64_t j = 0; j < width; ++j) out[j] = value(T(from[j * n.x.stride]));
         }
       }
     }

@@ -32,6 +32,14 @@ inline void store(T* to, typename Vector<T>::type v) {
   std::memcpy(to, &v, sizeof(v));
 }
 
+inline float rectified(float v) { return v < 0 ? 0 : v; }  // NaN stays, here and below
+inline double rectified(double v) { return v < 0 ? 0 : v; }
+
+template <typename V>
+inline V rectified(V v) {
+  return v < 0 ? V{} : v;
+}
+
 template <typename T>
 constexpr int64_t vectors_for(int64_t values) {
   return (values + Vector<T>::size - 1) / Vector<T>::size;

@@ -1,0 +1,270 @@
+"""Networks for inference: DGC layers in one call each, norms folded into the convolutions before them."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.layers import BatchNormAct2d
+from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .conv import DynamicGroupConv2d
+from .models.dgc_densenet import DenseStage
+from .ops import cpu, folded_norm
+from .ops.layer import gated_layer, group_conv2d, pack, pack_groups
+
+__all__ = ["DeployedConv2d", "deploy"]
+
+_logger = logging.getLogger(__name__)
+
+
+def deploy(model: nn.Module) -> nn.Module:
+    """A frozen copy of a network, for inference: the same numbers in less time.
+
+    Its DGC layers are one call each, into the C++ kernel on a CPU. Batch norms after convolutions, and ReLUs after DGC
+    layers, are folded into them where the network is such that `torch.fx` can tell that nothing else reads what lies
+    between. The channels that are inactive stay as many as they are.
+
+    The copy takes and returns what the network does, works under `torch.compile` and `torch.export`, and is saved and
+    loaded as any module, by `safetensors.torch.save_model` and `load_model`, the latter into a `deploy(model)` of the
+    same network. Gradients reach its input, but its weights are no parameters of training any more.
+
+    Args:
+        model: any module, such as one of `timm.create_model` or `convert`. Left as it is.
+
+    Returns:
+        A module of the same class in evaluation mode.
+    """
+    model = _copy(model).eval().requires_grad_(False)
+    followers = _followers(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DynamicGroupConv2d) and _has_statistics(module.norm):
+            model.set_submodule(name, DeployedConv2d(module))
+    stages = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DeployedConv2d) or type(module) is nn.Conv2d:
+            _fold_followers(model, name, followers)
+        elif isinstance(module, DenseStage):
+            stages.append(name)
+    for name in stages:
+        model.set_submodule(name, DeployedStage(model.get_submodule(name)))
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Conv2d and 1 < module.groups < module.in_channels and module.padding_mode == "zeros":
+            model.set_submodule(name, DeployedGroupConv2d(module))
+        elif type(module) is nn.Conv2d and module.groups == 1:
+            # oneDNN's convolutions and PyTorch's pooling are faster so, from the first image on.
+            module.to(memory_format=torch.channels_last)
+    for module in model.modules():
+        if isinstance(module, (DeployedConv2d, DeployedGroupConv2d)):
+            module.repack()
+    return model
+
+
+class DeployedConv2d(nn.Module):
+    """What `deploy` makes of a `DynamicGroupConv2d`: [B, C, H, W] -> [B, O, H', W'].
+
+    Only the weight takes another type with `.to(dtype)`; what is small stays in float32, or float64.
+    """
+
+    scale: Optional[Tensor]
+    shift: Optional[Tensor]
+    bias: Optional[Tensor]
+
+    SMALL = ("scale", "shift", "squeeze", "excite", "gate_bias", "bias")
+
+    def __init__(self, layer: DynamicGroupConv2d):
+        super().__init__()
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.rectify = False
+        scale = shift = None
+        if layer.preact:
+            scale, shift = _folded(layer.norm, layer.weight.dtype)
+        gates = layer.gates
+        tensors = scale, shift, gates.squeeze, gates.excite, gates.bias, layer.bias
+        small = cpu.sums_type(layer.weight.dtype)
+        for name, tensor in zip(self.SMALL, tensors):
+            self.register_buffer(name, None if tensor is None else tensor.detach().to(small).contiguous())
+        self.register_buffer("weight", layer.weight.detach().contiguous())
+        self.register_buffer("inactive_channels", layer.inactive_channels)
+        for name in ("packed_weight", "packed_excite"):
+            self.register_buffer(name, self.weight.new_empty(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_layer(x, *self._arguments)
+
+    def fold_norm(self, norm: nn.BatchNorm2d) -> None:
+        """Take a batch norm that follows into the filters and the bias."""
+        scale, shift = _folded(norm, self.weight.dtype)
+        self.weight.mul_(scale.reshape(-1, 1, 1, 1))
+        self.bias = shift.clone() if self.bias is None else self.bias * scale + shift
+
+    def repack(self) -> None:
+        """Make what the C++ kernel reads anew."""
+        self.packed_weight, self.packed_excite = pack(self.weight, self.squeeze, self.excite)
+        # Together, since to look up one buffer of a module takes as long as to convolve a few pixels.
+        gating = self.squeeze, self.excite, self.gate_bias, self.inactive_channels
+        geometry = self.stride, self.padding, self.dilation
+        packed = self.packed_weight, self.packed_excite
+        self._arguments = self.scale, self.shift, *gating, self.weight, self.bias, self.rectify, *geometry, packed
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        small = {name: getattr(self, name) for name in self.SMALL}
+        super()._apply(fn, recurse)
+        dtype = cpu.sums_type(self.weight.dtype)
+        for name, before in small.items():
+            if before is not None:
+                setattr(self, name, before.to(self.weight.device, dtype))
+        self.repack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.repack()
+
+    def extra_repr(self) -> str:
+        outputs, channels, *taps = self.weight.shape
+        folded = ", bias=True" * (self.bias is not None) + ", relu=True" * self.rectify
+        kernel = "x".join(map(str, taps))
+        return (
+            f"{channels}, {outputs}, kernel_size={kernel}, stride={self.stride[0]}, heads={len(self.squeeze)}{folded}"
+        )
+
+
+class DeployedGroupConv2d(nn.Module):
+    """What `deploy` makes of a group convolution, such as the 3x3 ones of a DenseNet: by the C++ kernel, too."""
+
+    bias: Optional[Tensor]
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.out_channels = conv.out_channels
+        self.register_buffer("weight", conv.weight.detach().contiguous())
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().contiguous())
+        self.register_buffer("packed_weight", self.weight.new_empty(0), persistent=False)
+
+    def forward(self, x: Tensor, out: Optional[Tensor] = None) -> Tensor:
+        """`out` [B, O, H', W'] is to be the result, if given."""
+        return group_conv2d(x, *self._arguments, out)
+
+    def repack(self) -> None:
+        """Make what the C++ kernel reads anew."""
+        self.packed_weight = pack_groups(self.weight, self.groups)
+        geometry = self.stride, self.padding, self.dilation
+        self._arguments = self.weight, self.bias, self.groups, *geometry, self.packed_weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.repack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.repack()
+
+
+class DeployedStage(nn.Module):
+    """What `deploy` makes of a `DenseStage`: its layers write what they add into one tensor, without concatenations,
+    whose sizes add up to the square of the depth."""
+
+    def __init__(self, stage: DenseStage):
+        super().__init__()
+        self.pool, self.layers = stage.pool, stage.layers
+        for layer in self.layers:
+            if type(layer.conv2.norm) is type(layer.conv2.act) is nn.Identity:
+                layer.conv2 = layer.conv2.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(x)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad):
+            return self.layers(x)
+        channels = x.shape[1]
+        added = [getattr(layer.conv2, "conv", layer.conv2).out_channels for layer in self.layers]
+        features = x.new_empty(len(x), channels + sum(added), *x.shape[2:])
+        features[:, :channels] = x
+        for layer, more in zip(self.layers, added):
+            hidden, out = layer.conv1(features[:, :channels]), features[:, channels : channels + more]
+            if isinstance(layer.conv2, DeployedGroupConv2d):
+                layer.conv2(hidden, out)
+            else:
+                out.copy_(layer.conv2(hidden))
+            channels += more
+        return features
+
+
+def _folded(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    dtype = cpu.sums_type(dtype)
+    return folded_norm.affine(norm, norm.running_mean.to(dtype), (norm.running_var.to(dtype) + norm.eps).rsqrt())
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, DynamicGroupConv2d):
+            module.lasso = None
+    return copied
+
+
+def _has_statistics(norm: nn.Module) -> bool:
+    """Whether a layer's norm is one to be folded; `nn.Identity` is that of a layer without."""
+    batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    return batch_norm or type(norm) is nn.Identity
+
+
+class _Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        kinds = DynamicGroupConv2d, BatchNormAct2d, nn.modules.batchnorm._BatchNorm
+        return isinstance(module, kinds) or super().is_leaf_module(module, name)
+
+
+def _followers(model: nn.Module) -> dict[str, str]:
+    """For each module that is called once: the one that reads its output, where nothing else does."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever a forward that is no graph may raise
+        _logger.info("No norms are folded: %s is not traceable (%s)", type(model).__name__, error)
+        return {}
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    once = {name for name in calls if calls.count(name) == 1}
+    return {
+        node.target: reader.target
+        for node in graph.nodes
+        if node.op == "call_module" and node.target in once and len(node.users) == 1
+        for reader in node.users
+        if reader.op == "call_module" and reader.target in once and reader.args == (node,) and not reader.kwargs
+    }
+
+
+def _fold_followers(model: nn.Module, name: str, followers: dict[str, str]) -> None:
+    """Take the batch norm after a convolution into it, and into a DGC layer the ReLU, too."""
+    place, normed = name, False
+    while name in followers:
+        name = followers[name]
+        conv, reader = model.get_submodule(place), model.get_submodule(name)
+        gated = isinstance(conv, DeployedConv2d)
+        if type(reader) is nn.Identity:
+            continue
+        rest = nn.Identity()
+        if type(reader) in (nn.BatchNorm2d, BatchNormAct2d) and not normed and reader.running_mean is not None:
+            if gated:
+                conv.fold_norm(reader)
+            else:
+                model.set_submodule(place, fuse_conv_bn_eval(conv, reader))
+            normed = True
+            if type(reader) is BatchNormAct2d:  # timm's, with an activation of its own
+                rest = reader.act if type(reader.drop) is nn.Identity else nn.Sequential(reader.drop, reader.act)
+        elif type(reader) is nn.ReLU and gated:
+            rest = reader
+        else:
+            return
+        if type(rest) is nn.ReLU and gated:
+            conv.rectify = True
+            model.set_submodule(name, nn.Identity())
+            return
+        model.set_submodule(name, rest)
+        if type(rest) is not nn.Identity:
+            return

@@ -1,0 +1,46 @@
+"""What decides which channels a layer keeps: pooled features -> gates -> selection, all in float32."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pool(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, C], the mean in float32. Not `mean`, whose gradient is as large as x; a sum's is a view."""
+    return x.sum((2, 3), dtype=torch.float32) / (x.shape[2] * x.shape[3])
+
+
+def head_gates(pooled: Tensor, squeeze: Tensor, excite: Tensor, bias: Tensor) -> Tensor:
+    """The gates of all heads: `relu(W2 relu(W1 a) + b)`, one W1, W2, b per head (paper, section 3).
+
+    Args:
+        pooled: a [B, C].
+        squeeze: W1 [heads, hidden, C].
+        excite: W2 [heads, C, hidden].
+        bias: b [heads, C].
+
+    Returns:
+        [B, heads, C] in float32: a rounded gate can flip a selection.
+    """
+    squeezed = F.relu(F.linear(pooled.float(), squeeze.float().flatten(0, 1)))  # every head in one product
+    squeezed = squeezed.unflatten(1, squeeze.shape[:2]).transpose(0, 1)
+    excited = torch.baddbmm(bias.float().unsqueeze(1), squeezed, excite.float().transpose(1, 2))
+    return F.relu(excited).transpose(0, 1)
+
+
+def drop_smallest(gates: Tensor, count: Tensor) -> Tensor:
+    """Zero every gate that is not above its row's `count`-th smallest, ties included.
+
+    `count` is an integer tensor of no dimensions. Reading it as a Python number would stall a GPU at every layer and
+    recompile a compiled model whenever it changes, so that happens in eager mode on a CPU only, where it saves the
+    sorting.
+    """
+    if not torch.jit.is_scripting():
+        if gates.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            if count == 0:
+                return gates
+            threshold = gates.detach().kthvalue(int(count), dim=-1, keepdim=True).values
+            return gates.masked_fill(gates <= threshold, 0)
+    ascending = gates.detach().sort(dim=-1).values
+    threshold = ascending.index_select(-1, (count - 1).clamp(min=0).reshape(1))
+    return gates.masked_fill((gates <= threshold) & (count > 0), 0)

@@ -1,0 +1,200 @@
+"""A whole DGC layer in inference as one operator, `torch.ops.dgc_fastai.gated_layer`.
+
+Batch norm, ReLU, gates and selection, convolution, bias and ReLU: what a network does around `gated_conv2d` costs more
+than a few channels' convolution if each step goes through the memory, and through Python, of its own.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from . import _library, cpu, gated_conv2d, per_sample
+from .gates import drop_smallest, head_gates, pool
+from .per_sample import Pair
+from .reference import apply_norm
+
+__all__ = ["gated_layer", "group_conv2d", "pack", "pack_groups", "plain"]
+
+
+def plain(
+    x: Tensor,
+    scale: Optional[Tensor],
+    shift: Optional[Tensor],
+    squeeze: Tensor,
+    excite: Tensor,
+    gate_bias: Tensor,
+    inactive: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    rectify: bool,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Tensor:
+    """The definition, step by step: `relu(gated_conv2d(u) + bias)` with `u = relu(x * scale + shift)`.
+
+    Args:
+        x: [B, C, H, W].
+        scale, shift: [C] each, a folded batch norm with its ReLU; None where a layer has none.
+        squeeze, excite, gate_bias: see `gates.head_gates`.
+        inactive: how many channels each head drops; an integer tensor of no dimensions.
+        weight: [O, C, kh, kw].
+        bias: [O] or None.
+        rectify: whether a ReLU follows.
+
+    Returns:
+        [B, O, H', W'].
+    """
+    if scale is not None and shift is not None:
+        x = apply_norm(x, scale, shift)
+    gates = drop_smallest(head_gates(pool(x), squeeze, excite, gate_bias), inactive)
+    y = gated_conv2d(x, gates, weight, None, None, stride, padding, dilation)
+    if bias is not None:
+        y = y + bias.to(y.dtype).reshape(1, -1, 1, 1)
+    return F.relu(y) if rectify else y
+
+
+def gated_layer(
+    x: Tensor,
+    scale: Optional[Tensor],
+    shift: Optional[Tensor],
+    squeeze: Tensor,
+    excite: Tensor,
+    gate_bias: Tensor,
+    inactive: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    rectify: bool,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    packed: tuple[Tensor, Tensor],
+) -> Tensor:
+    """As `plain`, but faster where the C++ kernel takes the layer. Gradients flow by way of `plain`.
+
+    Args:
+        packed: of `pack`.
+    """
+    arguments = x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation
+    if torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad):
+        return plain(*arguments)
+    if _through_dispatcher():
+        return torch.ops.dgc_fastai.gated_layer(*arguments, *packed)
+    return _layer(*arguments, *packed)
+
+
+def _through_dispatcher() -> bool:
+    """Whether somebody wants to see the operator; otherwise the dispatcher would take as long as a small layer."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def group_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    groups: int,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    packed: Tensor,
+    out: Optional[Tensor] = None,
+) -> Tensor:
+    """An ordinary group convolution by the C++ kernel, where it takes it: faster for groups of a few channels.
+
+    Args:
+        packed: of `pack_groups`.
+        out: is to be the result, if given.
+    """
+    if torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if _through_dispatcher():
+        y = torch.ops.dgc_fastai.group_conv2d(x, weight, bias, groups, stride, padding, dilation, packed)
+        return y if out is None else out.copy_(y)
+    return _group_conv2d(x, weight, bias, groups, stride, padding, dilation, packed, out)
+
+
+def pack_groups(weight: Tensor, groups: int) -> Tensor:
+    """Filters of a group convolution as the C++ kernel reads them; empty where it cannot be used."""
+    return cpu.group_table(weight, groups) if _packable(weight) else weight.new_empty(0)
+
+
+def _packable(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype in cpu.TYPES and cpu.library() is not None
+
+
+def pack(weight: Tensor, squeeze: Tensor, excite: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters and `excite` as the C++ kernel reads them; empty where it cannot be used."""
+    if not _packable(weight):
+        return weight.new_empty(0), weight.new_empty(0)
+    return cpu.table(weight, len(squeeze)), excite.transpose(1, 2).contiguous()
+
+
+def _layer(
+    x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation,
+    filters, excite_packed,
+):  # fmt: skip
+    x = _readable(x, filters)
+    if cpu.takes_layer(x, filters):
+        gating = squeeze, excite_packed, gate_bias, inactive
+        geometry = weight.shape, stride, padding, dilation
+        return cpu.layer(x, scale, shift, *gating, filters, bias, rectify, *geometry)
+    return plain(
+        x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation
+    )
+
+
+def _group_conv2d(x, weight, bias, groups, stride, padding, dilation, packed, out=None):
+    x = _readable(x, packed)
+    if cpu.takes_layer(x, packed):
+        return cpu.group(x, packed, bias, groups, weight.shape, stride, padding, dilation, out)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return y if out is None else out.copy_(y)
+
+
+def _readable(x: Tensor, packed: Tensor) -> Tensor:
+    return x.contiguous() if packed.numel() and per_sample.is_channels_last(x) else x
+
+
+_library.define(
+    "gated_layer(Tensor x, Tensor? scale, Tensor? shift, Tensor squeeze, Tensor excite, Tensor gate_bias, "
+    "Tensor inactive, Tensor weight, Tensor? bias, bool rectify, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, Tensor filters, Tensor excite_packed) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl(_library, "gated_layer", "CompositeExplicitAutograd")(_layer)
+_library.define(
+    "group_conv2d(Tensor x, Tensor weight, Tensor? bias, int groups, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, Tensor packed) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl(_library, "group_conv2d", "CompositeExplicitAutograd")(_group_conv2d)
+
+
+@torch.library.register_fake("dgc_fastai::gated_layer", lib=_library)
+def _fake(
+    x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation, *packed
+):
+    y = x.new_empty(per_sample.output_shape(x.shape, weight.shape, stride, padding, dilation))
+    return y if len(packed[0]) else y.contiguous(memory_format=per_sample.memory_format(x))
+
+
+@torch.library.register_fake("dgc_fastai::group_conv2d", lib=_library)
+def _group_fake(x, weight, bias, groups, stride, padding, dilation, packed):
+    y = x.new_empty(per_sample.output_shape(x.shape, weight.shape, stride, padding, dilation))
+    return y if len(packed) else y.contiguous(memory_format=per_sample.memory_format(x))
+
+
+@register_flop_formula(torch.ops.dgc_fastai.group_conv2d, get_raw=True)
+def _group_flops(x, weight, *args, out_val=None, **kwargs) -> int:
+    return conv_flop_count(x.shape, weight.shape, out_val.shape)
+
+
+@register_flop_formula(torch.ops.dgc_fastai.gated_layer, get_raw=True)
+def _flops(x, scale, shift, squeeze, excite, gate_bias, inactive, weight, *args, out_val=None, **kwargs) -> int:
+    """The operations that the kept channels need, ties aside; all, where there are only shapes."""
+    known = not inactive.is_meta and not isinstance(inactive, torch._subclasses.FakeTensor)
+    kept = 1 - int(inactive) / x.shape[1] if known else 1.0
+    return round(conv_flop_count(x.shape, weight.shape, out_val.shape) * kept)

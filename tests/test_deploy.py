@@ -1,0 +1,274 @@
+"""`deploy`: the same numbers as the network, on every path, and the state of a module that can be saved and loaded."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import load_model, save_model
+from test_cpu import needs_compiler
+from torch.utils.flop_counter import FlopCounterMode
+
+from dgc_fastai import DynamicGroupConv2d, convert, deploy, set_progress
+from dgc_fastai.deploy import DeployedConv2d, DeployedGroupConv2d
+from dgc_fastai.ops import cpu
+from dgc_fastai.ops.layer import gated_layer, pack, plain
+
+SMALL = {
+    "dgc_densenet22": dict(num_classes=5),
+    "dgc_resnet18": dict(num_classes=5),
+    "dgc_resnet50": dict(num_classes=5, layers=(1, 1, 1, 1)),
+    "dgc_mobilenetv2_100": dict(num_classes=5),
+}
+
+
+def network(name="dgc_densenet22", progress=1.0, **keywords):
+    """A network whose norms and biases are not those of a new one."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SMALL[name] | keywords)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    model.settle_norms()
+    nn.init.normal_(model.get_classifier().weight, std=0.1)
+    set_progress(model, progress)
+    return model.eval()
+
+
+def agree(ours, theirs, limit=1e-4):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=limit * float(theirs.abs().max()))
+
+
+def images(batch=3, size=64):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_same_numbers(name, progress):
+    model = network(name, progress)
+    deployed = deploy(model)
+    with torch.no_grad():
+        for batch in (1, 3):
+            agree(deployed(images(batch)), model(images(batch)))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_nothing_is_left_of_layers_and_their_norms(name):
+    model = network(name)
+    deployed = deploy(model)
+    assert type(deployed) is type(model) and not deployed.training
+    assert not any(isinstance(module, DynamicGroupConv2d) for module in deployed.modules())
+    assert not any(parameter.requires_grad for parameter in deployed.parameters())
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in deployed.modules())
+    assert norms == (1 if "densenet" in name else 0)  # the one before a DenseNet's classifier follows no convolution
+    assert sum(isinstance(module, DynamicGroupConv2d) for module in model.modules()), "left as it was"
+
+
+def test_what_the_network_has_beside_its_forward_is_still_there():
+    deployed = deploy(network("dgc_resnet18"))
+    features = deployed.forward_features(images())
+    assert deployed.forward_head(features).shape == (3, 5) and deployed.get_classifier() is deployed.fc
+
+
+@pytest.mark.parametrize("changes", [{}, dict(bias=True), dict(preact=False), dict(bias=True, preact=False)])
+@pytest.mark.parametrize("shape", [(1, 1, 0), (3, 2, 1), (3, 1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_single_layers(changes, shape, dtype):
+    torch.manual_seed(0)
+    kernel, stride, padding = shape
+    layer = DynamicGroupConv2d(24, 36, kernel, stride, padding, heads=3, **changes).eval()
+    for tensor in (layer.bias, layer.norm.bias if layer.preact else None):
+        if tensor is not None:
+            nn.init.normal_(tensor)
+    layer.inactive_channels.fill_(13)
+    x = torch.randn(2, 24, 9, 7)
+    with torch.no_grad():
+        expected = layer.double()(x.double())
+        deployed = deploy(nn.Sequential(layer.float())).to(dtype)
+        y = deployed(x.to(dtype))
+    assert y.dtype == dtype
+    assert deployed[0].gate_bias.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    agree(y.double(), expected, {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype])
+
+
+class Branches(nn.Module):
+    """Outputs that more than a norm reads, a module that is called twice, and norms that cannot be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.free = nn.BatchNorm2d(8, track_running_stats=False)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        y = self.first(x)
+        y = self.norms[0](y) + y
+        y = self.act(self.norms[1](self.act(self.second(y))))
+        return self.act(self.free(self.third(y))), self.norms[2](y)
+
+
+def test_only_what_nothing_else_reads_is_folded():
+    torch.manual_seed(0)
+    model = Branches().eval()
+    for norm in model.norms:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias), nn.init.uniform_(norm.running_var, 0.5, 2)
+    convert(model, heads=2, squeeze_rate=4, input_size=(8, 6, 6))
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        for ours, theirs in zip(deploy(model)(x), model(x), strict=True):
+            agree(ours, theirs)
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = DynamicGroupConv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.layer(x)) if x.sum() > 0 else x
+
+
+def test_a_network_that_cannot_be_traced_keeps_its_norms(caplog):
+    model = Untraceable().eval()
+    with caplog.at_level(logging.INFO, "dgc_fastai"), torch.no_grad():
+        deployed = deploy(model)
+        agree(deployed(torch.ones(1, 8, 5, 5)), model(torch.ones(1, 8, 5, 5)))
+    assert isinstance(deployed.norm, nn.BatchNorm2d) and isinstance(deployed.layer, DeployedConv2d)
+    assert "Untraceable" in caplog.text
+
+
+def test_saved_and_loaded(tmp_path):
+    trained, new = network(), network(progress=0.0)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.mul_(1.1)
+    deployed, other = deploy(trained), deploy(new)
+    save_model(deployed, tmp_path / "deployed.safetensors")
+    with torch.no_grad():
+        assert not torch.allclose(other(images()), deployed(images()))
+        load_model(other, tmp_path / "deployed.safetensors")
+        assert torch.equal(other(images()), deployed(images())), "and what is packed was packed anew"
+
+
+def test_copies_stand_for_themselves():
+    deployed = deploy(network())
+    copied = copy.deepcopy(deployed)
+    with torch.no_grad():
+        expected = deployed(images())
+        for module in deployed.modules():
+            if isinstance(module, DeployedConv2d):
+                module.packed_weight.zero_()
+        assert torch.equal(copied(images()), expected)
+
+
+def test_compiled_as_one_graph():
+    model = network()
+    deployed = deploy(model)
+    compiled = torch.compile(deployed, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        agree(compiled(images()), model(images()))
+
+
+def test_exported_without_our_operators():
+    model = network()
+    with torch.no_grad():
+        program = torch.export.export(deploy(model), (images(),))
+        agree(program.module()(images()), model(images()))
+    assert "dgc_fastai" not in str(program.graph)
+
+
+def test_gradients_reach_the_input():
+    model, x, y = network(), images().requires_grad_(), images().requires_grad_()
+    deploy(model)(x).square().sum().backward()
+    model(y).square().sum().backward()
+    agree(x.grad, y.grad)
+
+
+def test_channels_last_and_slices_of_batches():
+    model = network("dgc_resnet18")
+    deployed = deploy(model)
+    with torch.no_grad():
+        agree(deployed(images().contiguous(memory_format=torch.channels_last)), model(images()))
+        layer = next(module for module in model.modules() if isinstance(module, DynamicGroupConv2d))
+        one, wide = deploy(nn.Sequential(layer)), torch.randn(3, 100, 8, 8)
+        agree(one(wide[:, :64]), layer(wide[:, :64]))
+        agree(one(wide.transpose(2, 3)[:, :64]), layer(wide.transpose(2, 3)[:, :64]))
+
+
+@pytest.mark.parametrize("groups, width", [(2, 4), (4, 3), (8, 1)])
+@pytest.mark.parametrize("stride, padding, dilation", [(1, 1, 1), (2, 1, 1), (1, 0, 2)])
+def test_group_convolutions(groups, width, stride, padding, dilation):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, groups * width, 3, stride, padding, dilation, groups).eval()
+    deployed = deploy(nn.Sequential(conv))
+    assert isinstance(deployed[0], DeployedGroupConv2d)
+    wide = torch.randn(3, 20, 9, 8)
+    with torch.no_grad():
+        for x in (wide[:, :16].contiguous(), wide[:, 2:18], torch.randn(0, 16, 9, 8)):
+            y = conv(x)
+            torch.testing.assert_close(deployed(x), y, rtol=1e-5, atol=1e-5)
+            out = torch.full((len(y), y.shape[1] + 3, *y.shape[2:]), 7.0)
+            deployed[0](x, out[:, 1:-2])
+            torch.testing.assert_close(out[:, 1:-2], y, rtol=1e-5, atol=1e-5)
+            assert (out[:, 0] == 7).all() and (out[:, -2:] == 7).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["ties", "nothing dropped", "all dropped", "nan", "infinity"])
+def test_gates_of_the_kernel(case):
+    """The layer whole, as the definition has it, where selection is not plain."""
+    torch.manual_seed(0)
+    batch, channels, heads, hidden = 3, 21, 2, 5
+    x, weight = torch.randn(batch, channels, 5, 6), torch.randn(8, channels, 3, 3)
+    squeeze, excite = torch.randn(heads, hidden, channels), torch.randn(heads, channels, hidden)
+    bias, inactive = torch.rand(heads, channels), torch.tensor(9)
+    if case == "ties":
+        excite[:], bias[:] = 0, torch.arange(channels) // 4
+    elif case == "nothing dropped":
+        inactive = torch.tensor(0)
+    elif case == "all dropped":
+        inactive = torch.tensor(channels)
+    else:
+        x[1, 4, 2, 3] = float("nan") if case == "nan" else float("inf")
+    arguments = x, None, None, squeeze, excite, bias, inactive, weight, None, False, (1, 1), (1, 1), (1, 1)
+    packed = pack(weight, squeeze, excite)
+    assert cpu.takes_layer(x, packed[0])
+    ours, theirs = gated_layer(*arguments, packed), plain(*arguments)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_every_selection_of_the_kernel():
+    torch.manual_seed(0)
+    for channels in (1, 7, 64, 100):
+        for inactive in range(channels + 1):
+            layer = DynamicGroupConv2d(channels, 8, 1, heads=2, squeeze_rate=2, preact=False).eval()
+            layer.inactive_channels.fill_(inactive)
+            x = torch.rand(2, channels, 3, 4)
+            with torch.no_grad():
+                torch.testing.assert_close(deploy(nn.Sequential(layer))(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_kept_channels_operations_are_counted():
+    model = network()
+    deployed = deploy(model)
+
+    def flops(module):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(images(1))
+        return counter.get_total_flops()
+
+    whole, ours = flops(network(progress=0.0)), flops(deployed)
+    assert ours < 0.7 * whole
+    assert abs(ours - flops(model)) < 0.03 * ours  # the gates' own products aside, and gates that are zero anyway
+
+
+def test_without_a_compiler_it_works_all_the_same(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    model = network()
+    with torch.no_grad():
+        agree(deploy(model)(images()), model(images()))
