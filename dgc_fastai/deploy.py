@@ -108,8 +108,8 @@ class DeployedConv2d(nn.Module):
         # Together, since to look up one buffer of a module takes as long as to convolve a few pixels.
         gating = self.squeeze, self.excite, self.gate_bias, self.inactive_channels
         geometry = self.stride, self.padding, self.dilation
-        packed = self.packed_weight, self.packed_excite
-        self._arguments = self.scale, self.shift, *gating, self.weight, self.bias, self.rectify, *geometry, packed
+        packed, kept = (self.packed_weight, self.packed_excite), self.weight.shape[1] - int(self.inactive_channels)
+        self._arguments = self.scale, self.shift, *gating, self.weight, self.bias, self.rectify, *geometry, packed, kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         small = {name: getattr(self, name) for name in self.SMALL}

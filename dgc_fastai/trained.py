@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import load_checkpoint
 from .data import input_size, read_image, statistics
+from .deploy import deploy
 from .errors import CheckpointError, RecipeError, UserError
 from .files import write_atomically
 from .learner import build_model, select_device
@@ -60,7 +61,7 @@ def predict(trained: Trained, images: Sequence[Path], batch_size: int = 64) -> I
         UserError: an image cannot be read.
     """
     device = select_device("auto")
-    model = trained.model.to(device)
+    model = deploy(trained.model.to(device))
     for start in range(0, len(images), batch_size):
         batch = torch.stack([read_image(path, trained.recipe.data) for path in images[start : start + batch_size]])
         with torch.no_grad():
@@ -89,7 +90,7 @@ def export(trained: Trained, path: Path) -> float:
         raise UserError(f"{path}: there is no folder {path.absolute().parent}")
     images = torch.randn(4, *input_size(trained.recipe.data), generator=torch.Generator().manual_seed(0))
     model = trained.model.cpu()
-    content, run = formats[path.suffix](trained, images)
+    content, run = formats[path.suffix](trained, deploy(model), images)
     with torch.no_grad():
         # More images than it was traced with, and a single one.
         pairs = [(model(batch), run(batch)) for batch in (torch.cat([images, images.flip(3)]), images[:1])]
@@ -100,16 +101,16 @@ def export(trained: Trained, path: Path) -> float:
     return difference
 
 
-def _torch_export(trained: Trained, images: torch.Tensor):
+def _torch_export(trained: Trained, model: torch.nn.Module, images: torch.Tensor):
     shapes = ({0: torch.export.Dim("batch", min=1)},)
-    program = torch.export.export(trained.model, (images,), dynamic_shapes=shapes)
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     file = io.BytesIO()
     torch.export.save(program, file, extra_files=trained.metadata())
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
     return file.getvalue(), loaded
 
 
-def _onnx(trained: Trained, images: torch.Tensor):
+def _onnx(trained: Trained, model: torch.nn.Module, images: torch.Tensor):
     try:
         import onnx
         import onnxruntime
@@ -119,7 +120,7 @@ def _onnx(trained: Trained, images: torch.Tensor):
         raise RecipeError(f"export to ONNX needs {error.name}, which is not installed; try {hint}") from None
     try:
         program = torch.onnx.export(
-            trained.model,
+            model,
             (images,),
             dynamo=True,
             input_names=["images"],
@@ -130,8 +131,8 @@ def _onnx(trained: Trained, images: torch.Tensor):
     except torch.onnx.errors.OnnxExporterError as error:  # many lines, the reason among the last
         reason = next((line for line in str(error).splitlines() if "Error'>:" in line), type(error).__name__)
         raise UserError(f"cannot be written as ONNX: {reason}; a newer onnxscript may know how") from None
-    model = program.model_proto
-    onnx.helper.set_model_props(model, trained.metadata())
-    content = model.SerializeToString()
+    graph = program.model_proto
+    onnx.helper.set_model_props(graph, trained.metadata())
+    content = graph.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_ops import run
 
-from dgc_fastai.ops import cpu, gated_conv2d, per_sample, reference, use_formulation
+from dgc_fastai.ops import cpu, gated_conv2d, per_sample, use_formulation
 
 ONE, NONE = (1, 1), (0, 0)
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler here")

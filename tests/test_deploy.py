@@ -174,12 +174,17 @@ def test_compiled_as_one_graph():
         agree(compiled(images()), model(images()))
 
 
-def test_exported_without_our_operators():
-    model = network()
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_exported_without_our_operators_and_1x1_layers_gather(progress):
+    model = network(progress=progress)
     with torch.no_grad():
-        program = torch.export.export(deploy(model), (images(),))
-        agree(program.module()(images()), model(images()))
-    assert "dgc_fastai" not in str(program.graph)
+        program = torch.export.export(deploy(model), (images(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        for batch in (2, 5):
+            agree(program.module()(images(batch)), model(images(batch)))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert not any("dgc_fastai" in name for name in names)
+    layers = sum(isinstance(module, DynamicGroupConv2d) for module in model.modules())
+    assert sum("topk" in name for name in names) == (layers if progress else 0)
 
 
 def test_gradients_reach_the_input():
@@ -218,6 +223,19 @@ def test_group_convolutions(groups, width, stride, padding, dilation):
             assert (out[:, 0] == 7).all() and (out[:, -2:] == 7).all()
 
 
+def test_ties_are_dropped_in_exports_too():
+    torch.manual_seed(0)
+    layer = DynamicGroupConv2d(24, 12, 1, heads=3, preact=False).eval()
+    with torch.no_grad():
+        layer.gates.excite.zero_()
+        layer.gates.bias.copy_(torch.arange(24) // 5)
+        x = torch.randn(2, 24, 4, 4)
+        for inactive in (1, 5, 7, 22, 23, 24):
+            layer.inactive_channels.fill_(inactive)
+            program = torch.export.export(deploy(nn.Sequential(layer)), (x,))
+            torch.testing.assert_close(program.module()(x), layer(x))
+
+
 @needs_compiler
 @pytest.mark.parametrize("case", ["ties", "nothing dropped", "all dropped", "nan", "infinity"])
 def test_gates_of_the_kernel(case):
@@ -238,7 +256,7 @@ def test_gates_of_the_kernel(case):
     arguments = x, None, None, squeeze, excite, bias, inactive, weight, None, False, (1, 1), (1, 1), (1, 1)
     packed = pack(weight, squeeze, excite)
     assert cpu.takes_layer(x, packed[0])
-    ours, theirs = gated_layer(*arguments, packed), plain(*arguments)
+    ours, theirs = gated_layer(*arguments, packed, channels - int(inactive)), plain(*arguments)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 

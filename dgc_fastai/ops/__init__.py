@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import cpu, gathered, per_sample, reference, scaled_inputs, scaled_weights
+from . import cpu, exported, gathered, per_sample, reference, scaled_inputs, scaled_weights
 from .per_sample import Pair
 
 __all__ = ["FORMULATIONS", "choose", "gated_conv2d", "norm_on_load", "use_formulation"]
@@ -40,7 +40,8 @@ def gated_conv2d(
         if _forced == "reference":
             return reference.gated_conv2d(x, gates, weight, scale, shift, stride, padding, dilation)
         if torch.compiler.is_exporting():  # an exported network is to need nothing of ours to run
-            return _exportable(x, gates, weight, scale, shift, stride, padding, dilation)
+            x = x if scale is None else reference.apply_norm(x, scale, shift)
+            return exported.gated_conv2d(x, gates, weight, stride, padding, dilation)
     return torch.ops.dgc_fastai.gated_conv2d(x, gates, weight, scale, shift, stride, padding, dilation)
 
 
@@ -98,7 +99,7 @@ def choose(
         # Filters for each sample make a group convolution of as many groups, which cuDNN is slow at.
         return "scaled_inputs"
 
-    # The C++ kernel does nothing for dropped channels and does as many multiplications a second as oneDNN's convolutions.
+    # The C++ kernel does nothing for dropped channels, and as many multiplications a second as oneDNN's convolutions.
     # MKL's products, which 1x1 filters amount to, do about twice as many, but know nothing of gates.
     if compiled and (not pointwise or (kept is not None and kept < 0.55 * channels)):
         return "cpu"
@@ -261,15 +262,3 @@ def _forward_flops(x, gates, weight, scale, shift, stride, padding, dilation, *a
 @register_flop_formula(torch.ops.dgc_fastai.gated_conv2d_backward, get_raw=True)
 def _backward_flops(grad, x, gates, weight, *args, out_val=None, **kwargs) -> int:
     return round(2 * conv_flop_count(x.shape, weight.shape, grad.shape) * _kept(gates))
-
-
-def _exportable(x, gates, weight, scale, shift, stride, padding, dilation):
-    """In operators that torch.export and ONNX know, for a batch of any size."""
-    if scale is not None:
-        x = reference.apply_norm(x, scale, shift)
-    name = choose(x.shape, weight.shape, gates.shape[1], stride, padding, None)
-    if name == "scaled_weights" and per_sample.is_pointwise(weight.shape, padding):
-        seen = x[:, :, :: stride[0], :: stride[1]]
-        filters = scaled_weights.filters(gates, weight, x.dtype).flatten(2)
-        return torch.bmm(filters, seen.flatten(2)).unflatten(2, seen.shape[2:])
-    return scaled_inputs.forward(x, gates, weight, stride, padding, dilation)

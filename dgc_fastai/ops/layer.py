@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import _library, cpu, gated_conv2d, per_sample
+from . import _library, cpu, exported, gated_conv2d, per_sample
 from .gates import drop_smallest, head_gates, pool
 from .per_sample import Pair
 from .reference import apply_norm
@@ -72,14 +72,18 @@ def gated_layer(
     padding: Pair,
     dilation: Pair,
     packed: tuple[Tensor, Tensor],
+    kept: int,
 ) -> Tensor:
     """As `plain`, but faster where the C++ kernel takes the layer. Gradients flow by way of `plain`.
 
     Args:
         packed: of `pack`.
+        kept: C - inactive, for exports, which cannot read a tensor.
     """
     arguments = x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation
-    if torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad):
+    if torch.compiler.is_exporting():
+        return exported.gated_layer(*arguments, kept)
+    if torch.is_grad_enabled() and x.requires_grad:
         return plain(*arguments)
     if _through_dispatcher():
         return torch.ops.dgc_fastai.gated_layer(*arguments, *packed)
