@@ -20,7 +20,7 @@ os.environ["DGC_FASTAI_RECIPE_ONLY"] = "1"  # no torch before the recipe is know
 from dgc_fastai.catalogue import copy_recipe, describe_recipes  # noqa: E402
 from dgc_fastai.compare import show_comparison  # noqa: E402
 from dgc_fastai.errors import CheckpointError, Interrupted, UserError  # noqa: E402
-from dgc_fastai.preflight import check_data, check_device, preflight  # noqa: E402
+from dgc_fastai.preflight import check_compiler, check_data, check_device, preflight  # noqa: E402
 from dgc_fastai.recipe import load_recipe  # noqa: E402
 
 del os.environ["DGC_FASTAI_RECIPE_ONLY"]
@@ -197,6 +197,7 @@ def benchmark(
     *overrides: Overrides,
     rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 7,
     out: Optional[Path] = None,
+    compile: bool = True,
 ) -> None:
     """Time RECIPE's network beside its twins without gates and the authors' formulation, without its data.
 
@@ -206,15 +207,19 @@ def benchmark(
         How often each is measured, in turn.
     out
         The folder for benchmark.json and benchmark.png; by default a new one below the recipe's output.
+    compile
+        Whether to try inference by torch.compile, too, which takes it some minutes and needs a C++ compiler.
     """
     plan = load_recipe(recipe, overrides)
     check_device(plan)
+    check_compiler(plan.train.compile, "train.compile")
+    check_compiler(compile, "--compile")
     with console.status("Starting torch and timm, building the networks"):
         from dgc_fastai.benchmark import benchmark as measure
         from dgc_fastai.benchmark import benchmark_folder, plan_benchmark
         from dgc_fastai.display import show_benchmark
 
-        measurements = plan_benchmark(plan)
+        measurements = plan_benchmark(plan, compile)
         folder = benchmark_folder(plan, out)
     show_benchmark(console, measure(plan, measurements, folder, rounds, console))
     console.print(f"benchmark.json and benchmark.png are in {folder}.", soft_wrap=True, highlight=False)

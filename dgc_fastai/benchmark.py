@@ -11,7 +11,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -28,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .conv import dgc_layers, gate_penalty, set_progress
 from .data import class_names, input_size
+from .deploy import deploy
 from .display import draw_benchmark, measuring_bar
 from .errors import RecipeError, UserError
 from .files import write_atomically
@@ -65,10 +67,13 @@ def family(arch: str) -> str:
     return arch.removesuffix("_dense").removesuffix("_sgc")
 
 
-def plan_benchmark(recipe: Recipe) -> list[Measurement]:
+def plan_benchmark(recipe: Recipe, compiled: bool = True) -> list[Measurement]:
     """What there is to measure: a training step, inference of one image and of a batch.
 
     Networks, random images and labels are on the recipe's device, which need not have the recipe's data.
+
+    Args:
+        compiled: for inference, also by what torch.compile makes of the networks, which takes it minutes.
 
     Raises:
         RecipeError: a network, the optimiser or the device cannot be had.
@@ -95,6 +100,12 @@ def plan_benchmark(recipe: Recipe) -> list[Measurement]:
             with_memory=True,
         )
     ]
+    # Copies for inference only: the dense twin in the form that is mostly its fastest, and what `deploy` makes of ours.
+    set_progress(networks[""], 1.0)
+    dense = deepcopy(networks["_dense"]).eval().to(memory_format=torch.channels_last)
+    forms = {f"{BASELINE} channels-last": dense, "deployed": deploy(networks[""])}
+    if compiled:
+        forms |= {f"{BASELINE} compiled": dense, "deployed compiled": forms["deployed"]}
     for count in sorted({1, size}):
         variants = [
             Variant(
@@ -104,8 +115,21 @@ def plan_benchmark(recipe: Recipe) -> list[Measurement]:
             )
             for name, twin, progress, formulation in _variants((1.0,))
         ]
-        plan.append(Measurement("inference", count, variants, with_memory=False))
+        more = [
+            Variant(
+                name,
+                nullcontext,
+                partial(_infer, recipe, _compiled(form, device) if "compiled" in name else form, images[:count]),
+            )
+            for name, form in forms.items()
+        ]
+        plan.append(Measurement("inference", count, [*variants[:-1], *more, variants[-1]], with_memory=False))
     return plan
+
+
+def _compiled(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """By torch.compile with frozen weights, for one batch size, and as a CUDA graph on CUDA."""
+    return torch.compile(network, dynamic=False, options={"freezing": True, "triton.cudagraphs": device.type == "cuda"})
 
 
 def _class_count(data: Data) -> int:
@@ -261,6 +285,20 @@ def summarize(times: dict[str, list[float]], memory: dict[str, Optional[int]]) -
     return rows
 
 
+def speedup(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many times as fast the gated network's fastest deployed form is as the dense twin's fastest; {} without."""
+    forms = [
+        min((row for row in rows if row["name"].split()[0] == kind), key=lambda row: row["median_ms"], default=None)
+        for kind in (BASELINE, "deployed")
+    ]
+    if None in forms:
+        return {}
+    dense, ours = forms
+    ratios = [one / other for one, other in zip(dense["ms"], ours["ms"])]
+    found = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    return {"speedup": {"of": ours["name"], "over": dense["name"], **found}}
+
+
 # Reporting ------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +332,8 @@ def benchmark(
                     tell(f"{variant.name}, memory")
                     with variant.setting():
                         memory[variant.name] = peak_memory(variant.call, device)
-                report["measurements"].append({"what": what, "batch": batch, "variants": summarize(times, memory)})
+                rows = summarize(times, memory)
+                report["measurements"].append({"what": what, "batch": batch, "variants": rows} | speedup(rows))
                 write_atomically(folder / "benchmark.json", json.dumps(report, indent=2) + "\n")
     finally:
         with suppress(OSError):

@@ -35,7 +35,13 @@ __all__ = [
 
 MOST_ROWS = 40  # of the budget before a training run; about a screen
 # The colour of a variant, by the first word of its name.
-BAR_COLORS = {"dense": "0.45", "sgc": "tab:green", "reference": "tab:orange", "ours": "tab:blue"}
+BAR_COLORS = {
+    "dense": "0.45",
+    "sgc": "tab:green",
+    "reference": "tab:orange",
+    "ours": "tab:blue",
+    "deployed": "tab:purple",
+}
 HEARTBEAT = 60  # seconds between lines within an epoch, where there is no live bar
 
 
@@ -268,12 +274,22 @@ def show_benchmark(console: Console, report: dict[str, Any]) -> None:
             table.add_row(f"  {row['name']}", *cells)
         table.add_section()
     console.print(table)
+    for measurement in report["measurements"]:
+        if "speedup" in measurement:
+            found, title = measurement["speedup"], _measurement_title(measurement)
+            _, digits = _noise(measurement["variants"])
+            console.print(
+                f"{title}: {found['of']} is [bold]{found['median']:.{digits}f} x[/] as fast as {found['over']}, the "
+                f"fastest dense form ({found['min']:.{digits}f} to {found['max']:.{digits}f}).",
+                highlight=False,
+            )
     console.print(f"{_machine_line(report)}.", highlight=False)
     console.print(f"Noise, the dense twin against itself: {', '.join(noises)}.", highlight=False)
     console.print(
         f"[dim]Medians of {_plural(report['rounds'], 'interleaved round')}, and the range of the ratios. Reference: "
         "the gated network in the authors' formulation, at training progress 0 (gates open) to 1 (closed); ours: the "
-        "same network as it is here. Peak: what a step allocates at most, beside weights and optimiser state.[/]",
+        "same network as it is here; deployed: what `deploy` makes of it; compiled: by torch.compile, weights frozen. "
+        "Peak: what a step allocates at most, beside weights and optimiser state.[/]",
         highlight=False,
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Optional
 
 from .errors import RecipeError
-from .recipe import Data, Recipe, Train
+from .recipe import Data, Recipe
 
 __all__ = ["preflight"]
 
@@ -34,7 +34,7 @@ def preflight(recipe: Recipe) -> None:
     check_data(recipe.data)
     check_output(recipe.runs)
     check_device(recipe)
-    check_compiler(recipe.train)
+    check_compiler(recipe.train.compile, "train.compile")
     check_loggers(recipe.log.loggers)
 
 
@@ -134,11 +134,11 @@ def check_device(recipe: Recipe) -> None:
         raise RecipeError(f"train.precision: {recipe.train.precision} needs a CUDA device; use float32 here")
 
 
-def check_compiler(train: Train) -> None:
-    """See that torch.compile has the compiler that it builds its kernels with."""
-    name = os.environ.get("CXX") or {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
-    if train.compile and shutil.which(name) is None:
-        raise RecipeError(f"train.compile: torch.compile needs a C++ compiler, and there is no {name}; install one")
+def check_compiler(wanted: bool, name: str) -> None:
+    """See that torch.compile, if wanted by an option of that name, has the compiler that it builds kernels with."""
+    compiler = os.environ.get("CXX") or {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
+    if wanted and shutil.which(compiler) is None:
+        raise RecipeError(f"{name}: torch.compile needs a C++ compiler, and there is no {compiler}; install one")
 
 
 def check_loggers(names: Iterable[str]) -> None:

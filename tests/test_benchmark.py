@@ -19,7 +19,8 @@ from dgc_fastai.recipe import ARCHITECTURES
 TINY = "model.stages=[1,1]", "model.growth=[4,4]", "data.batch_size=4", "device=cpu"
 GATED = [f"{name} at {progress}" for name in ("reference", "ours") for progress in ("0", "0.5", "1")]
 TRAINING = ["dense", "sgc", *GATED, "dense again"]
-INFERENCE = ["dense", "sgc", "reference at 1", "ours at 1", "dense again"]
+DEPLOYED = ["dense channels-last", "deployed", "dense compiled", "deployed compiled"]
+INFERENCE = ["dense", "sgc", "reference at 1", "ours at 1", *DEPLOYED, "dense again"]
 CPU = torch.device("cpu")
 
 
@@ -64,6 +65,9 @@ def test_a_benchmark_leaves_a_table_and_two_files(app, tmp_path):  # noqa: F811
             assert row["ratio"]["min"] <= row["ratio"]["median"] <= row["ratio"]["max"]
             assert (row["peak_bytes"] is None) == (measurement["what"] == "inference")
         assert rows[0]["ratio"] == {"median": 1, "min": 1, "max": 1}
+    for found in (measurement["speedup"] for measurement in report["measurements"][1:]):
+        assert found["of"].startswith("deployed") and found["over"].startswith("dense") and found["median"] > 0
+    assert " ".join(text.split()).count("the fastest dense form") == 2
     peaks = {row["name"]: row["peak_bytes"] for row in report["measurements"][0]["variants"]}
     assert peaks["dense"] == peaks["dense again"] > 0 and peaks["reference at 1"] > peaks["dense"]
     assert report["recipe"]["model"]["arch"] == "dgc_densenet22_sgc" and report["rounds"] == 2
@@ -88,7 +92,7 @@ def test_a_twin_s_recipe_is_benchmarked_as_its_family(monkeypatch):
 
 def test_each_variant_is_in_its_own_state(monkeypatch):
     built = networks(monkeypatch)
-    plan = plan_benchmark(tiny())
+    plan = plan_benchmark(tiny(), compiled=False)
     gated = built["dgc_densenet86"]
     ran = []
     for model in built.values():
@@ -103,6 +107,9 @@ def test_each_variant_is_in_its_own_state(monkeypatch):
             with variant.setting():
                 variant.call()
                 name, _, progress = variant.name.partition(" at ")
+                if name in DEPLOYED:
+                    assert not ran  # a copy
+                    continue
                 expected = {"reference": "", "ours": "", "sgc": "_sgc"}.get(name, "_dense")
                 assert ran == [(built[f"dgc_densenet86{expected}"], what == "training step", batch)]
                 if progress:
@@ -110,6 +117,33 @@ def test_each_variant_is_in_its_own_state(monkeypatch):
             assert len(formula) == (len(dgc_layers(gated)) if name == "reference" else 0), variant.name
             assert all(layer.lasso is None for layer in dgc_layers(gated))  # it holds memory
     assert ops._forced is None
+
+
+def test_the_fastest_of_each_are_compared():
+    times = {"dense": [9, 9, 9], "ours at 1": [1, 1, 1], "dense compiled": [6, 8, 7], "deployed": [4, 2, 7]}
+    found = benchmark.speedup(summarize(times | {"deployed compiled": [5, 5, 5], "dense again": [9, 9, 9]}, {}))
+    assert found == {"speedup": {"of": "deployed", "over": "dense compiled", "median": 1.5, "min": 1, "max": 4}}
+    assert benchmark.speedup(summarize({"dense": [1.0]}, {})) == {}
+
+
+def test_deployed_forms_say_what_the_networks_say(monkeypatch):
+    built = networks(monkeypatch)
+    said = []
+    monkeypatch.setattr(benchmark, "_infer", lambda recipe, network, images: said.append(network(images)))
+    (_, one, many) = plan_benchmark(tiny(), compiled=False)
+    for variants in (one.variants, many.variants):
+        found = {}
+        for variant in variants:
+            with variant.setting(), torch.no_grad():
+                variant.call()
+                found[variant.name] = said.pop()
+        for name, other in (
+            ("deployed", "ours at 1"),
+            ("dense channels-last", "dense"),
+            ("ours at 1", "reference at 1"),
+        ):
+            torch.testing.assert_close(found[name], found[other], rtol=1e-4, atol=1e-4)
+    assert built
 
 
 def test_a_step_trains_and_leaves_the_weights(monkeypatch):
@@ -298,7 +332,7 @@ def test_what_is_measured_before_an_interrupt_is_kept(monkeypatch, tmp_path):
 
     recipe = tiny()
     for after, left in ((0, []), (2, ["out", "out/benchmark.json"])):
-        plan = plan_benchmark(recipe)[::-1]  # inference is the quicker
+        plan = plan_benchmark(recipe, compiled=False)[::-1]  # inference is the quicker
 
         def interrupt():
             raise KeyboardInterrupt
@@ -321,11 +355,15 @@ def test_what_is_measured_before_an_interrupt_is_kept(monkeypatch, tmp_path):
         (["model.heads=3"], "model: heads=3 does not divide"),
         (["train.optimizer=sdg"], "train.optimizer: timm has no 'sdg'; did you mean 'sgd'?"),
         (["train.precision=bf16"], "train.precision: bf16 needs a CUDA device"),
+        (["train.compile=true"], "train.compile: torch.compile needs a C++ compiler, and there is no no-compiler"),
+        ([], "--compile: torch.compile needs a C++ compiler, and there is no no-compiler"),
         (["train.epoch=3"], "did you mean 'epochs'"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(app, tmp_path, arguments, message):  # noqa: F811
+def test_mistakes_are_one_line_and_leave_nothing(app, tmp_path, monkeypatch, arguments, message):  # noqa: F811
     (tmp_path / "file").touch()
+    if not arguments or "train.compile=true" in arguments:
+        monkeypatch.setenv("CXX", "no-compiler")
     text = app("benchmark", QUICKSTART, *TINY, *arguments, cwd=tmp_path, expect=2)
     assert text.startswith("error: ") and text.count("\n") == 1 and message in text, text
     assert os.listdir(tmp_path) == ["file"]
