@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Literal, Optional
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
@@ -198,6 +198,7 @@ def benchmark(
     rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 7,
     out: Optional[Path] = None,
     compile: bool = True,
+    only: Optional[Literal["training", "inference"]] = None,
 ) -> None:
     """Time RECIPE's network beside its twins without gates and the authors' formulation, without its data.
 
@@ -209,17 +210,19 @@ def benchmark(
         The folder for benchmark.json and benchmark.png; by default a new one below the recipe's output.
     compile
         Whether to try inference by torch.compile, too, which takes it some minutes and needs a C++ compiler.
+    only
+        The half of it that is wanted; by default both.
     """
     plan = load_recipe(recipe, overrides)
     check_device(plan)
     check_compiler(plan.train.compile, "train.compile")
-    check_compiler(compile, "--compile")
+    check_compiler(compile and only != "training", "--compile")
     with console.status("Starting torch and timm, building the networks"):
         from dgc_fastai.benchmark import benchmark as measure
         from dgc_fastai.benchmark import benchmark_folder, plan_benchmark
         from dgc_fastai.display import show_benchmark
 
-        measurements = plan_benchmark(plan, compile)
+        measurements = [one for one in plan_benchmark(plan, compile) if one.what.startswith(only or "")]
         folder = benchmark_folder(plan, out)
     show_benchmark(console, measure(plan, measurements, folder, rounds, console))
     console.print(f"benchmark.json and benchmark.png are in {folder}.", soft_wrap=True, highlight=False)

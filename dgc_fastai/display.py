@@ -296,22 +296,28 @@ def show_benchmark(console: Console, report: dict[str, Any]) -> None:
 
 def draw_benchmark(report: dict[str, Any]) -> bytes:
     """A PNG of a benchmark: times and peak memory as shares of the dense twin's, whiskers from least to most."""
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    figure.suptitle(f"{report['name']} ({report['recipe']['model']['arch']})\n", fontsize="large")
-    figure.text(0.5, 0.945, _machine_line(report), ha="center", fontsize="small", color="0.35")
-    training, *inference = report["measurements"]
-    heights = len(training["variants"]), len(inference[0]["variants"]) + 1
-    panels = figure.subplot_mosaic([["time", "memory"], [1, len(inference)]], height_ratios=heights)
-    _draw_times(panels["time"], training)
-    peaks = [row["peak_bytes"] for row in training["variants"]]
-    if None in peaks:
-        panels["memory"].set_axis_off()  # not counted on this device
-    else:
-        shares = [peak / peaks[0] for peak in peaks]
-        _draw_bars(panels["memory"], training["variants"], shares, 2, f"peak memory: {_measurement_title(training)}")
-    for number, measurement in enumerate(inference, 1):
-        _draw_times(panels[number], measurement)
-    band = panels["time"].get_legend_handles_labels()
+    training = [one for one in report["measurements"] if one["what"] == "training step"]
+    inference = [one for one in report["measurements"] if one["what"] != "training step"]
+    rows = [["time", "memory"]] * len(training) + [["one", "many" if len(inference) > 1 else "one"]] * bool(inference)
+    heights = [len(one["variants"]) for one in (*training, *inference[:1])]
+    figure = Figure(figsize=(10, 0.9 + 0.37 * sum(heights) + 1.1 * len(heights)), layout="constrained")
+    figure.suptitle(
+        f"{report['name']} ({report['recipe']['model']['arch']})\n{_machine_line(report)}", fontsize="medium"
+    )
+    panels = figure.subplot_mosaic(rows, height_ratios=heights)
+    for measurement in training:
+        _draw_times(panels["time"], measurement)
+        peaks = [row["peak_bytes"] for row in measurement["variants"]]
+        if None in peaks:
+            panels["memory"].set_axis_off()  # not counted on this device
+        else:
+            shares = [peak / peaks[0] for peak in peaks]
+            _draw_bars(
+                panels["memory"], measurement["variants"], shares, 2, f"peak memory: {_measurement_title(measurement)}"
+            )
+    for name, measurement in zip(("one", "many"), inference):
+        _draw_times(panels[name], measurement)
+    band = next(iter(panels.values())).get_legend_handles_labels()
     figure.legend(*band, loc="outside lower center", fontsize="small", frameon=False)
     return to_png(figure)
 

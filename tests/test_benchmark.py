@@ -79,6 +79,14 @@ def test_a_benchmark_leaves_a_table_and_two_files(app, tmp_path):  # noqa: F811
     assert "Noise, the dense twin against itself: " in text and max(map(len, text.splitlines()[:-1])) <= 80
 
 
+@pytest.mark.parametrize("only, count", [("training", 1), ("inference", 2)])
+def test_one_half_of_it(app, tmp_path, only, count):  # noqa: F811
+    app("benchmark", QUICKSTART, *TINY, f"--out={tmp_path}", "--rounds=1", "--no-compile", f"--only={only}")
+    report = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [one["what"].split()[0] for one in report["measurements"]] == [only] * count
+    assert "wrong" in app("benchmark", QUICKSTART, "--only=wrong", expect=2)
+
+
 def test_a_twin_s_recipe_is_benchmarked_as_its_family(monkeypatch):
     assert all(
         family(name) in ARCHITECTURES and "_" not in family(name)[4:].replace("_100", "") for name in ARCHITECTURES
@@ -307,8 +315,9 @@ def test_the_picture_takes_whatever_was_measured():
             "train": {"precision": "bf16", "channels_last": True, "compile": True},
         }
         machine = {"processor": "GPU", "device": "cuda", "torch": "2"}
-        report = {"name": "x", "measurements": measured, "recipe": recipe, "machine": machine, "rounds": 1}
-        assert draw_benchmark(report).startswith(b"\x89PNG")
+        for some in (measured, measured[:1], measured[1:]):
+            report = {"name": "x", "measurements": some, "recipe": recipe, "machine": machine, "rounds": 1}
+            assert draw_benchmark(report).startswith(b"\x89PNG")
 
 
 def test_a_bar_on_a_terminal_moves_only_when_told():

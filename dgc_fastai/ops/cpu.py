@@ -246,7 +246,8 @@ def _built() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgc_fastai"
     target = folder / f"cpu-{key}.so"
     if not target.exists():
-        log.info("Building the C++ kernel for DGC layers, once, in %s", folder)
+        # Not quite a warning, but those are shown, and a silence of ten seconds asks for a word.
+        log.warning("Building the C++ kernel for DGC layers, once, in %s: some ten seconds", folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # several processes may build at a time
             run = functools.partial(subprocess.run, cwd=scratch, check=True, capture_output=True, text=True)
