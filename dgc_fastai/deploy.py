@@ -39,29 +39,31 @@ def deploy(model: nn.Module) -> nn.Module:
     Returns:
         A module of the same class in evaluation mode.
     """
-    model = _copy(model).eval().requires_grad_(False)
-    followers = _followers(model)
-    for name, module in list(model.named_modules()):
+    root = nn.Sequential(_copy(model).eval().requires_grad_(False))  # a layer can be deployed by itself, too
+    followers = _followers(root)
+    for name, module in list(root.named_modules()):
         if isinstance(module, DynamicGroupConv2d) and _has_statistics(module.norm):
-            model.set_submodule(name, DeployedConv2d(module))
-    stages = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, DeployedConv2d) or type(module) is nn.Conv2d:
-            _fold_followers(model, name, followers)
-        elif isinstance(module, DenseStage):
-            stages.append(name)
-    for name in stages:
-        model.set_submodule(name, DeployedStage(model.get_submodule(name)))
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Conv2d and 1 < module.groups < module.in_channels and module.padding_mode == "zeros":
-            model.set_submodule(name, DeployedGroupConv2d(module))
-        elif type(module) is nn.Conv2d and module.groups == 1:
+            root.set_submodule(name, DeployedConv2d(module))
+    for name, module in list(root.named_modules()):
+        if isinstance(module, DeployedConv2d) or _is_plain(module, nn.Conv2d):
+            _fold_followers(root, name, followers)
+    for name, module in list(root.named_modules()):
+        if isinstance(module, DenseStage):
+            root.set_submodule(name, DeployedStage(module))
+    for name, module in list(root.named_modules()):
+        if not _is_plain(module, nn.Conv2d):
+            continue
+        if module.groups == 1:
             # oneDNN's convolutions and PyTorch's pooling are faster so, from the first image on.
             module.to(memory_format=torch.channels_last)
-    for module in model.modules():
+        elif (
+            module.groups < module.in_channels and isinstance(module.padding, tuple) and module.padding_mode == "zeros"
+        ):
+            root.set_submodule(name, DeployedGroupConv2d(module))
+    for module in root.modules():
         if isinstance(module, (DeployedConv2d, DeployedGroupConv2d)):
             module.repack()
-    return model
+    return root[0]
 
 
 class DeployedConv2d(nn.Module):
@@ -215,6 +217,11 @@ def _has_statistics(norm: nn.Module) -> bool:
     return batch_norm or type(norm) is nn.Identity
 
 
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether it does what its kind does, and nothing besides."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         kinds = DynamicGroupConv2d, BatchNormAct2d, nn.modules.batchnorm._BatchNorm
@@ -246,10 +253,11 @@ def _fold_followers(model: nn.Module, name: str, followers: dict[str, str]) -> N
         name = followers[name]
         conv, reader = model.get_submodule(place), model.get_submodule(name)
         gated = isinstance(conv, DeployedConv2d)
-        if type(reader) is nn.Identity:
+        if _is_plain(reader, nn.Identity):
             continue
         rest = nn.Identity()
-        if type(reader) in (nn.BatchNorm2d, BatchNormAct2d) and not normed and reader.running_mean is not None:
+        norm = _is_plain(reader, nn.BatchNorm2d) or _is_plain(reader, BatchNormAct2d)
+        if norm and not normed and reader.running_mean is not None:
             if gated:
                 conv.fold_norm(reader)
             else:
@@ -257,11 +265,11 @@ def _fold_followers(model: nn.Module, name: str, followers: dict[str, str]) -> N
             normed = True
             if type(reader) is BatchNormAct2d:  # timm's, with an activation of its own
                 rest = reader.act if type(reader.drop) is nn.Identity else nn.Sequential(reader.drop, reader.act)
-        elif type(reader) is nn.ReLU and gated:
+        elif _is_plain(reader, nn.ReLU) and gated:
             rest = reader
         else:
             return
-        if type(rest) is nn.ReLU and gated:
+        if _is_plain(rest, nn.ReLU) and gated:
             conv.rectify = True
             model.set_submodule(name, nn.Identity())
             return

@@ -142,6 +142,29 @@ def test_a_network_that_cannot_be_traced_keeps_its_norms(caplog):
     assert "Untraceable" in caplog.text
 
 
+def test_what_does_more_than_it_seems_is_left_alone():
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(8) for _ in range(3)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    hooked, grouped = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, padding="same", groups=2)
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)), norms[0], hooked, norms[1],
+                          grouped, norms[2], nn.ReLU()).eval()  # fmt: skip
+    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+    norms[2].register_forward_hook(lambda module, inputs, output: output.tanh())
+    x = torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        agree(deploy(model)(x), model(x))
+
+
+def test_a_layer_by_itself():
+    layer = DynamicGroupConv2d(8, 8, 3, padding=1).eval()
+    x = torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        agree(deploy(layer)(x), layer(x))
+    assert isinstance(deploy(layer), DeployedConv2d)
+
+
 def test_saved_and_loaded(tmp_path):
     trained, new = network(), network(progress=0.0)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "train").rename(tmp_path / "pictures")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
-    timm_example, fastai_example, convert_example, loop, notebook = blocks("python")
+    timm_example, fastai_example, convert_example, loop, inference, notebook = blocks("python")
     names = {}
     exec(timm_example, names)
     assert names["model"].training and sum(p.numel() for p in names["model"].parameters()) == 12_335_144
@@ -35,6 +35,8 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
     assert re.search(r"\d+ of 1814 M multiply-accumulates\n", capsys.readouterr().out)
     exec(loop, looped := {})
     assert looped["loss"].isfinite() and dgc_layers(looped["model"])[0].inactive_channels == 12
+    exec(inference, {})
+    assert "torch.Size([1, 10])" in capsys.readouterr().out and (tmp_path / "net.safetensors").exists()
     exec(notebook.replace("16, 1e-2", "1, 1e-2, cbs=[ShortEpochCallback(0.1)]"), names)
     assert torch.isfinite(torch.tensor(names["learn"].recorder.losses)).all()
 
