@@ -228,12 +228,12 @@ class _Tracer(torch.fx.Tracer):
         return isinstance(module, kinds) or super().is_leaf_module(module, name)
 
 
-def _followers(model: nn.Module) -> dict[str, str]:
+def _followers(root: nn.Sequential) -> dict[str, str]:
     """For each module that is called once: the one that reads its output, where nothing else does."""
     try:
-        graph = _Tracer().trace(model)
+        graph = _Tracer().trace(root)
     except Exception as error:  # whatever a forward that is no graph may raise
-        _logger.info("No norms are folded: %s is not traceable (%s)", type(model).__name__, error)
+        _logger.info("No norms are folded: %s is not traceable (%s)", type(root[0]).__name__, error)
         return {}
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     once = {name for name in calls if calls.count(name) == 1}
