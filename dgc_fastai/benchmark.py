@@ -272,12 +272,11 @@ def summarize(times: dict[str, list[float]], memory: dict[str, Optional[int]]) -
     rows = []
     for name, seconds in times.items():
         ratios = [one / other for one, other in zip(seconds, baseline)]
-        ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
         rows.append(
             {
                 "name": name,
                 "median_ms": 1000 * statistics.median(seconds),
-                "ratio": ratio,
+                "ratio": _spread(ratios),
                 "peak_bytes": memory.get(name),
                 "ms": [1000 * one for one in seconds],
             }
@@ -295,8 +294,11 @@ def speedup(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {}
     dense, ours = forms
     ratios = [one / other for one, other in zip(dense["ms"], ours["ms"])]
-    found = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    return {"speedup": {"of": ours["name"], "over": dense["name"], **found}}
+    return {"speedup": {"of": ours["name"], "over": dense["name"], **_spread(ratios)}}
+
+
+def _spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 # Reporting ------------------------------------------------------------------------------------------------

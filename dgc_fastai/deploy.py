@@ -39,7 +39,7 @@ def deploy(model: nn.Module) -> nn.Module:
     Returns:
         A module of the same class in evaluation mode.
     """
-    root = nn.Sequential(_copy(model).eval().requires_grad_(False))  # a layer can be deployed by itself, too
+    root = nn.Sequential(copy.deepcopy(model).eval().requires_grad_(False))  # a layer can be deployed by itself, too
     followers = _followers(root)
     for name, module in list(root.named_modules()):
         if isinstance(module, DynamicGroupConv2d) and _has_statistics(module.norm):
@@ -201,14 +201,6 @@ class DeployedStage(nn.Module):
 def _folded(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     dtype = cpu.sums_type(dtype)
     return folded_norm.affine(norm, norm.running_mean.to(dtype), (norm.running_var.to(dtype) + norm.eps).rsqrt())
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(model)
-    for module in copied.modules():
-        if isinstance(module, DynamicGroupConv2d):
-            module.lasso = None
-    return copied
 
 
 def _has_statistics(norm: nn.Module) -> bool:

@@ -49,7 +49,7 @@ struct Stretch {
 
   template <typename Row>
   void copy(int64_t rows, int64_t width, Row row) {
-    vectors = (width + Vector<T>::size - 1) / Vector<T>::size;
+    vectors = vectors_for<T>(width);
     const int64_t padded = vectors * Vector<T>::size;
     values.resize(rows * padded);
     for (int64_t r = 0; r < rows; ++r) {
@@ -61,7 +61,7 @@ struct Stretch {
 
   // The same with the roles of rows and pixels exchanged.
   void transpose(const Stretch& other, int64_t rows, int64_t width) {
-    vectors = (rows + Vector<T>::size - 1) / Vector<T>::size;
+    vectors = vectors_for<T>(rows);
     const int64_t padded = vectors * Vector<T>::size;
     values.assign(width * padded, T(0));
     for (int64_t r = 0; r < rows; ++r) {
