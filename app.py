@@ -17,10 +17,17 @@ from rich.progress import track
 from rich.table import Table
 
 os.environ["DGC_FASTAI_RECIPE_ONLY"] = "1"  # no torch before the recipe is known to be good
+from dgc_fastai import launch  # noqa: E402
 from dgc_fastai.catalogue import copy_recipe, describe_recipes  # noqa: E402
 from dgc_fastai.compare import show_comparison  # noqa: E402
-from dgc_fastai.errors import CheckpointError, Interrupted, UserError  # noqa: E402
-from dgc_fastai.preflight import check_compiler, check_data, check_device, preflight  # noqa: E402
+from dgc_fastai.errors import CheckpointError, Interrupted, LostProcess, UserError  # noqa: E402
+from dgc_fastai.preflight import (  # noqa: E402
+    check_compiler,
+    check_data,
+    check_device,
+    check_processes,
+    preflight,
+)
 from dgc_fastai.recipe import load_recipe  # noqa: E402
 
 del os.environ["DGC_FASTAI_RECIPE_ONLY"]
@@ -28,7 +35,8 @@ del os.environ["DGC_FASTAI_RECIPE_ONLY"]
 app = App(
     name="app.py", help=__doc__, suppress_keyboard_interrupt=False, result_action="return_value", version_flags=()
 )
-console, errors = Console(), Console(stderr=True)
+# Of several processes, the first prints; an error comes from the one that has met it.
+console, errors = Console(quiet=not launch.is_first()), Console(stderr=True)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
 
 RecipeFile = Annotated[Path, Parameter(help="A recipe, such as recipes/quickstart.yaml.")]
@@ -53,18 +61,20 @@ def train(
         from dgc_fastai.budget import budget
         from dgc_fastai.data import input_size
         from dgc_fastai.display import show_budget, show_recipe
+        from dgc_fastai.distributed import leave
         from dgc_fastai.learner import build_learner
-        from dgc_fastai.run import interrupted_run
+        from dgc_fastai.run import run_to_go_on_with
         from dgc_fastai.run import train as run
 
         learn = build_learner(plan)
         cost = budget(learn.model, input_size(plan.data))
     show_recipe(console, plan)
     show_budget(console, cost)
-    folder, found = interrupted_run(plan) if resume else (None, "")
+    folder, found = run_to_go_on_with(plan, resume)
     if found:
         console.print(found, soft_wrap=True, highlight=False)
     folder = run(learn, plan, cost, console, folder)
+    leave()
     console.print(f"The run is in {folder}.", soft_wrap=True, highlight=False)
 
 
@@ -93,6 +103,7 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
     """
     plan = load_recipe(recipe, overrides)
     check_data(plan.data)
+    check_processes(plan)
     check_device(plan)
     if not weights.is_file():
         raise CheckpointError(f"{weights}: cannot read the checkpoint: there is no such file")
@@ -101,13 +112,16 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
 
         from dgc_fastai.checkpoint import load_checkpoint
         from dgc_fastai.display import TrainingDisplay
+        from dgc_fastai.distributed import leave, lost_processes_named
         from dgc_fastai.learner import build_learner
         from dgc_fastai.learner import evaluate as measure
 
         learn = build_learner(plan)
         load_checkpoint(learn.model, weights)
-    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), learn.added_cbs(TrainingDisplay(console)):
-        result = measure(learn)
+    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), lost_processes_named():
+        with learn.added_cbs([TrainingDisplay(console)] if launch.is_first() else []):
+            result = measure(learn)
+    leave()
     top_1, top_5 = (f"{100 * result[name]:.2f} %" for name in ("top_1", "top_5"))
     console.print(f"top-1 {top_1}, top-5 {top_5}, loss {result['loss']:.4f}", highlight=False)
 
@@ -249,23 +263,36 @@ def copy(recipe: RecipeFile, to: Annotated[Optional[Path], Parameter(help="By de
 def main() -> int:
     """Run the command line; a mistake of the user's is one line and exit code 2."""
     try:
-        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        command, arguments, _ = app.parse_args(sys.argv[1:], exit_on_error=False, print_error=False)
+        if launch.processes() > 1 and command not in (train, evaluate):
+            raise UserError(f"{command.__name__} takes one process, and {launch.processes()} were started")
+        command(*arguments.args, **arguments.kwargs)
     except CycloptsError as error:
-        message = f"{error} Try app.py --help."
+        code, message = 2, f"{error} Try app.py --help."
     except UserError as error:
-        message = str(error)
+        code, message = 2, str(error)
+    except LostProcess as error:
+        code, message = 1, str(error)
     except Interrupted as stop:
         message, signal = stop.args
-        errors.print(message, style="bold", highlight=False, markup=False, soft_wrap=True)
+        if launch.is_first():
+            errors.print(message, style="bold", highlight=False, markup=False, soft_wrap=True)
         return 128 + signal
     except KeyboardInterrupt:
         errors.print("interrupted", style="bold")
         return 130
     else:
         return 0
-    errors.print("[bold red]error:[/] ", end="")
-    errors.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
-    return 2
+    if _speaks():
+        errors.print("[bold red]error:[/] ", end="")
+        errors.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+def _speaks() -> bool:
+    """Whether this process is the one, of several, that tells what has stopped them."""
+    distributed = sys.modules.get("dgc_fastai.distributed")  # not there before torch is
+    return distributed.speaks() if distributed else launch.local_rank() == 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ file by file.
 """
 
 import logging
+import math
 import random
 import signal
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import chunked
 from fastai.data.transforms import Categorize, Category, IntToFloatTensor, Normalize, ToTensor, parent_label
-from fastai.torch_basics import ItemTransform, TensorCategory, TensorImage, TensorImageBW, Transform
+from fastai.torch_basics import ItemTransform, TensorCategory, TensorImage, TensorImageBW, Transform, to_detach
 from fastai.vision.core import PILImage
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -72,11 +73,15 @@ def class_names(data: Data) -> list[str]:
 
 
 class EpochDL(TfmdDL):
-    """A TfmdDL that can be put at any batch of any epoch, and then goes on as if it had come there by itself."""
+    """A TfmdDL that can be put at any batch of any epoch, and then goes on as if it had come there by itself.
+
+    One of several processes takes its part of every batch, so that all of them together make the same batches.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.skip, self.item_seed = 0, 0
+        self.skip, self.item_seed, self.indices = 0, 0, []
+        self.rank, self.ranks = 0, 1
         # Starting an iterator draws a seed for its workers; not from the random numbers of the training.
         self.fake_l.generator = torch.Generator()
 
@@ -93,9 +98,47 @@ class EpochDL(TfmdDL):
         super().randomize()
         self.item_seed = self.rng.getrandbits(48)
 
+    def share(self, rank: int, ranks: int) -> None:
+        """Take one process's part of every batch from now on; `share(0, 1)` takes all of it."""
+        self.bs = self.bs * self.ranks // ranks  # what fastai and its workers count in
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        return math.ceil(self.n / (self.bs * self.ranks))
+
     def get_idxs(self):
         skip, self.skip = self.skip, 0
-        return super().get_idxs()[skip * self.bs :]
+        indices = super().get_idxs()
+        if self.ranks > 1:
+            indices = [index for number in range(len(self)) for index in self._part(indices, number)]
+        self.indices = indices
+        return indices[skip * self.bs :]
+
+    def _part(self, indices: list[int], number: int) -> list[int]:
+        batch = indices[number * self.bs * self.ranks :][: self.bs * self.ranks]
+        start, end = (len(batch) * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        # In training, a process without an image takes one all the same, with no weight: the others wait for it.
+        return batch[start:end] or batch[: self.shuffle]
+
+    def size(self, number: int) -> int:
+        """How many images a batch has, in all processes."""
+        whole = self.bs * self.ranks
+        return min(self.n - number * whole, whole)
+
+    def weight(self, number: int) -> float:
+        """What the mean of this process's part of a training batch weighs in the mean over all processes' parts."""
+        size = self.size(number)
+        start, end = (size * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        return (end - start) * self.ranks / size
+
+    def batch_names(self, number: int) -> list[str]:
+        """What the images of a batch of this epoch are called: files by their paths, others by their place."""
+        items = getattr(self.dataset, "items", None)
+        indices = self.indices[number * self.bs :][: self.bs]
+        return [str(index if items is None else items[index]) for index in indices]
+
+    def to_detach(self, b, cpu: bool = True, gather: bool = True):
+        return to_detach(b, cpu, gather=False)  # metrics are added up over processes once, and not padded
 
 
 # Small sets -----------------------------------------------------------------------------------------------

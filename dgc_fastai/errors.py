@@ -1,6 +1,6 @@
 """A user's mistakes. Their message is one line: what is wrong, where, and what to do."""
 
-__all__ = ["CheckpointError", "Interrupted", "RecipeError", "UserError"]
+__all__ = ["CheckpointError", "Interrupted", "LostProcess", "RecipeError", "TrainingError", "UserError"]
 
 
 class UserError(ValueError):
@@ -13,6 +13,14 @@ class RecipeError(UserError):
 
 class CheckpointError(UserError):
     """A file that is no checkpoint, is damaged, or belongs to another network."""
+
+
+class TrainingError(UserError):
+    """A training that has gone wrong, such as one whose loss is no number any more."""
+
+
+class LostProcess(Exception):
+    """One of the processes that train together, or that read the data, has died."""
 
 
 class Interrupted(Exception):

@@ -7,10 +7,9 @@ from typing import Any, Optional, Union
 import timm
 import timm.optim
 import torch
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import AvgMetric, CancelEpochException, Learner
@@ -23,11 +22,19 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
-from . import models  # noqa: F401  (registers the networks)
+from . import launch, models  # noqa: F401  (models registers the networks)
 from .budget import Budget, budget
-from .callbacks import AnnealGates, AverageWeights, MixUpOrCutMix
+from .callbacks import (
+    AnnealGates,
+    AverageWeights,
+    DeviceMixedPrecision,
+    MixUpOrCutMix,
+    NonFiniteLoss,
+    WholeBatchAccumulation,
+)
 from .data import build_dataloaders, class_names, input_size
-from .errors import RecipeError
+from .distributed import join, together
+from .errors import RecipeError, TrainingError
 from .recipe import Recipe, Train, did_you_mean
 from .schedules import schedules
 
@@ -66,6 +73,8 @@ def select_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launch.processes() > 1:
+        name = f"cuda:{launch.local_rank()}"
     kind = name.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device: {name}, but this installation of torch cannot use CUDA; use device=cpu")
@@ -146,8 +155,9 @@ def build_learner(recipe: Recipe) -> Learner:
         RecipeError: the data, the network, the optimiser or the device cannot be had.
     """
     device = use_device(recipe.device)
-    if device.type == "cpu" and recipe.train.precision != "float32":
-        raise RecipeError(f"train.precision: {recipe.train.precision} needs a CUDA device; use float32 here")
+    join(device)
+    if device.type != "cuda" and recipe.train.precision == "fp16":
+        raise RecipeError("train.precision: fp16 needs a CUDA device; use bf16 or float32 here")
     set_seed(recipe.train.seed)
     model = prepare(build_model(recipe), recipe, device)
     return assemble(recipe, build_dataloaders(recipe.data, device), model)
@@ -186,15 +196,15 @@ def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> Recipe
 
 def _callbacks(recipe: Recipe) -> list:
     train = recipe.train
-    callbacks: list = [AnnealGates(train.lasso)]
+    callbacks: list = [AnnealGates(train.lasso), NonFiniteLoss(skip=train.nonfinite == "skip")]
     if train.precision != "float32":
-        callbacks.append(MixedPrecision(amp_mode=train.precision))
+        callbacks.append(DeviceMixedPrecision(amp_mode=train.precision))
     if train.mixup and train.cutmix:
         callbacks.append(MixUpOrCutMix(train.mixup, train.cutmix))
     elif train.mixup or train.cutmix:
         callbacks.append(MixUp(train.mixup) if train.mixup else CutMix(train.cutmix))
     if train.accumulate > 1:
-        callbacks.append(GradientAccumulation(train.accumulate * recipe.data.batch_size))
+        callbacks.append(WholeBatchAccumulation(train.accumulate * recipe.data.batch_size))
     if train.clip:
         callbacks.append(GradientClip(train.clip))
     if train.ema:
@@ -237,17 +247,23 @@ def _optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Train) 
 
 
 def fit(learn: Learner, recipe: Recipe, first_epoch: int = 0) -> None:
-    """Train a Learner from `build_learner` by the recipe's schedule.
+    """Train a Learner from `build_learner` by the recipe's schedule, together with other processes if there are any.
 
     Args:
         first_epoch: where a run that is resumed goes on.
+
+    Raises:
+        TrainingError: the loss or the weights are not finite any more.
     """
     scheduled = {name: curve for name, curve in schedules(recipe).items() if name in learn.opt.hypers[0]}
     learn.first_epoch = first_epoch
     try:
-        learn.fit(recipe.train.epochs, recipe.train.lr, cbs=ParamScheduler(scheduled))
+        with together(learn):
+            learn.fit(recipe.train.epochs, recipe.train.lr, cbs=ParamScheduler(scheduled))
     finally:
         learn.first_epoch = 0
+    if learn.non_finite_loss.problem:
+        raise TrainingError(f"{learn.non_finite_loss.problem}; use a smaller train.lr, or train.clip")
 
 
 @delegates(Learner.__init__, keep=True, but=["dls", "model"])
@@ -310,5 +326,9 @@ def _body_and_classifier(model: torch.nn.Module) -> list[list[torch.nn.Parameter
 
 
 def evaluate(learn: Learner) -> dict[str, float]:
-    """Loss, top-1 and top-5 over the validation images, the accuracies in [0, 1]."""
-    return dict(zip(("loss", "top_1", "top_5"), map(float, learn.validate())))
+    """Loss, top-1 and top-5 over the validation images, the accuracies in [0, 1].
+
+    Of several processes each looks at its part of the images, and all return what one would.
+    """
+    with together(learn):
+        return dict(zip(("loss", "top_1", "top_5"), map(float, learn.validate())))

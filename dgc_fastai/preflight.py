@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Optional
 
+from . import launch
 from .errors import RecipeError
 from .recipe import Data, Recipe
 
@@ -33,6 +34,7 @@ def preflight(recipe: Recipe) -> None:
     """
     check_data(recipe.data)
     check_output(recipe.runs)
+    check_processes(recipe)
     check_device(recipe)
     check_compiler(recipe.train.compile, "train.compile")
     check_loggers(recipe.log.loggers)
@@ -128,10 +130,31 @@ def check_device(recipe: Recipe) -> None:
         raise RecipeError(f"device: {recipe.device}, but this machine has no CUDA driver or GPU; use device=cpu")
     if kind == "cuda" and int(number or 0) >= found:
         raise RecipeError(f"device: {recipe.device}, but there are {found} GPUs, counted from 0")
+    if found and launch.local_rank() >= found:
+        raise RecipeError(f"device: {recipe.device}, but more processes than the {found} GPUs here; start one for each")
     if kind == "mps" and (platform.system(), platform.machine()) != ("Darwin", "arm64"):
         raise RecipeError("device: mps, but this is no Mac with Apple silicon; use device=cpu")
-    if recipe.train.precision != "float32" and not found:
-        raise RecipeError(f"train.precision: {recipe.train.precision} needs a CUDA device; use float32 here")
+    if recipe.train.precision == "fp16" and not found:
+        raise RecipeError("train.precision: fp16 needs a CUDA device; use bf16 or float32 here")
+    if recipe.train.precision == "bf16" and kind == "mps":
+        raise RecipeError("train.precision: bf16 needs a CUDA device or a CPU; use float32 here")
+
+
+def check_processes(recipe: Recipe) -> None:
+    """See that the processes that torchrun or accelerate has started can share the recipe's work."""
+    count, owner = launch.processes(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if recipe.data.batch_size % count:
+        raise RecipeError(
+            f"data.batch_size: {recipe.data.batch_size} images cannot be divided evenly among {count} processes; "
+            f"use a multiple of {count}"
+        )
+    if count > 1 and recipe.device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"device: {recipe.device} is one device, for {count} processes; use auto, cuda or cpu")
+    if owner not in ("no", recipe.train.precision):
+        raise RecipeError(
+            f"train.precision: {recipe.train.precision}, but accelerate is told mixed precision {owner}; "
+            f"say it in the recipe alone"
+        )
 
 
 def check_compiler(wanted: bool, name: str) -> None:

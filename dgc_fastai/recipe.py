@@ -135,7 +135,8 @@ class Train(Section):
     """How long and how. `lasso` is the weight of the gates' penalty (the paper's lambda).
 
     `warmup` is in epochs, `clip` the largest norm of the gradient, `accumulate` batches to a step, `ema` the decay of
-    the averaged weights, `mixup` and `cutmix` the alpha of their beta distributions. `compile` is torch.compile.
+    the averaged weights, `mixup` and `cutmix` the alpha of their beta distributions. `nonfinite` is what to do at a
+    loss that is infinite or no number: stop, or leave that batch out. `compile` is torch.compile.
     """
 
     epochs: Count
@@ -154,6 +155,7 @@ class Train(Section):
     accumulate: Count = 1
     ema: Optional[Annotated[float, Field(gt=0, lt=1)]] = None
     precision: Literal["float32", "bf16", "fp16"] = "float32"
+    nonfinite: Literal["stop", "skip"] = "stop"
     channels_last: bool = False
     compile: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

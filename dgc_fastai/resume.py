@@ -13,13 +13,16 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.torch_core import get_model
 
+from . import launch
+from .distributed import from_first, gather, largest
 from .errors import CheckpointError
 from .files import write_atomically
 
 __all__ = ["Snapshots", "read_state"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Snapshots(Callback):
@@ -28,7 +31,8 @@ class Snapshots(Callback):
     The state is everything that the rest of the run depends on: the network, the optimiser, the loss scaler, the
     average of weights, gradients that are being accumulated, random numbers, the place in the data, and what the
     history needs. The order of the data and the augmentation of image files follow from the seed and the epoch.
-    The file goes when the run is done, so it is there exactly where something is left to do.
+    The file goes when the run is done, so it is there exactly where something is left to do. Of several processes the
+    first writes it; the random numbers are those of each.
 
     Args:
         path: the file to keep.
@@ -68,7 +72,7 @@ class Snapshots(Callback):
                 signal.signal(number, handler)
 
     def before_train(self):
-        self.network = self.learn.model  # while it validates, the learner may hold the averaged one
+        self.network = get_model(self.learn.model)  # while it validates, the learner may hold the averaged one
         state, self.state = self.state, None
         self.done = state["batch"] if state else 0
         self.dls.train.set_epoch(self.seed, self.epoch, self.done)
@@ -82,7 +86,7 @@ class Snapshots(Callback):
             self.learn.iter += self.done
 
     def after_batch(self):
-        if self.stop:
+        if (self.training or launch.processes() == 1) and self._is_to_stop():  # parts of the validation differ
             batches = len(self.dls.train)
             batch = self.iter + 1 if self.training else batches
             self._save(self.epoch, batch)
@@ -91,22 +95,32 @@ class Snapshots(Callback):
 
     def after_epoch(self):
         if self.epoch + 1 == self.n_epoch:
-            self.path.unlink()
+            if launch.is_first():
+                self.path.unlink()
             return
         self._save(self.epoch + 1, 0)
-        if self.stop:
+        if self._is_to_stop():
             self.stopped = f"after epoch {self.epoch + 1} of {self.n_epoch}"
             raise CancelFitException
 
+    def _is_to_stop(self) -> bool:
+        self.stop = largest(self.stop or 0) or None  # all processes at the same batch, whichever was asked
+        return self.stop is not None
+
     def _save(self, epoch: int, batch: int) -> None:
         loss, learn = self.recorder.smooth_loss, self.learn
+        if hasattr(learn, "together"):
+            learn.together.average()
+        random = [_from_bytes(state) for state in gather(_to_bytes(_random_state()))]
+        if not launch.is_first():
+            return
         state = {
             "format": FORMAT,
             "epoch": epoch,
             "batch": batch,
             "network": self.network.state_dict(),
             "optimizer": learn.opt.opt.state_dict(),
-            "random": _random_state(),
+            "random": random,
             "done": learn.pct_train,
             "steps": learn.train_iter,
             "loss": (loss.count, float(loss.val)),
@@ -119,12 +133,10 @@ class Snapshots(Callback):
             state["average"] = average.updates, average.averaged.state_dict()
         if getattr(learn, "scaler", None):
             state["scaler"] = learn.scaler.state_dict()
-        if hasattr(learn, "gradient_accumulation"):
+        if hasattr(learn, "whole_batch_accumulation"):
             gradients = [parameter.grad for parameter in self.network.parameters()]
-            state["gradients"] = learn.gradient_accumulation.count, gradients
-        file = io.BytesIO()
-        torch.save(state, file)
-        write_atomically(self.path, file.getvalue())
+            state["gradients"] = learn.whole_batch_accumulation.count, gradients
+        write_atomically(self.path, _to_bytes(state))
 
     def _restore(self, state: dict) -> None:
         loss, learn = self.recorder.smooth_loss, self.learn
@@ -144,20 +156,21 @@ class Snapshots(Callback):
         if "scaler" in state:
             learn.scaler.load_state_dict(state["scaler"])
         if "gradients" in state:
-            learn.gradient_accumulation.count, gradients = state["gradients"]
+            learn.whole_batch_accumulation.count, gradients = state["gradients"]
             for parameter, gradient in zip(self.network.parameters(), gradients):
                 parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        _set_random_state(state["random"])
+        if launch.rank() < len(state["random"]):  # another number of processes can go on, though not to the same bits
+            _set_random_state(state["random"][launch.rank()])
 
 
 def read_state(path: Path) -> dict:
-    """The state of an interrupted run, from its file.
+    """The state of an interrupted run, from its file, which only the first of several processes has to reach.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another version.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _from_bytes(from_first(path.read_bytes() if launch.is_first() else None))
     except Exception as error:  # torch has no common error for what can be wrong with a file
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{path}: cannot go on from it: damaged or no state of a run ({reason})") from None
@@ -166,13 +179,23 @@ def read_state(path: Path) -> dict:
     return state
 
 
+def _to_bytes(state: dict) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _from_bytes(content: bytes) -> dict:
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
 def _random_state() -> dict:
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -181,5 +204,5 @@ def _set_random_state(state: dict) -> None:
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -4,60 +4,109 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Optional
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
+from fastai.torch_core import get_model
 from rich.console import Console
 
+from . import launch
 from .budget import Budget
 from .checkpoint import save_checkpoint
 from .data import class_names
 from .display import TrainingDisplay, draw_curves
-from .errors import Interrupted, RecipeError
+from .distributed import from_first, largest, launcher_store, lost_processes_named
+from .errors import Interrupted, LostProcess, RecipeError, TrainingError
 from .files import only_one, remove_partial, write_atomically, write_table
 from .learner import fit
 from .loggers import logging_callbacks
 from .recipe import Recipe, differences, load_recipe
 from .resume import Snapshots, read_state
 
-__all__ = ["RunFolder", "interrupted_run", "new_run_folder", "train"]
+__all__ = ["RunFolder", "interrupted_run", "new_run_folder", "run_to_go_on_with", "train"]
+
+FOLDER = "run_folder"  # where the launcher keeps the name of the folder
+NEW, INTERRUPTED, COMPLETE = range(3)
 
 
 def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder: Optional[Path] = None) -> Path:
     """Fit a Learner from `build_learner`, showing it on a console, into a run folder, whose path is returned.
 
+    Of several processes, the first alone shows and writes.
+
     Args:
         cost: of the learner's network, for the summary.
-        folder: of an interrupted run, from `interrupted_run`, to go on with; None for a new one.
+        folder: of a run to go on with, from `run_to_go_on_with`; None for a new one.
 
     Raises:
         RecipeError: the run folder cannot be made, or a logger is not installed.
         CheckpointError: the state of the interrupted run cannot be read.
+        TrainingError: the loss is not finite any more.
         Interrupted: SIGINT or SIGTERM came, and the run was saved.
+        LostProcess: another process that trains with this one, or one that reads its images, has died.
     """
-    state = read_state(folder / "state.pt") if folder else None
-    folder = folder or new_run_folder(recipe)
-    with _alone(folder):
-        remove_partial(folder)
-        record = RunFolder(folder, recipe, cost)
-        if state:
-            record.rows += state["rows"]
-        snapshots = Snapshots(folder / "state.pt", recipe.train.seed, record, state)
-        display = TrainingDisplay(console, record.rows, recipe.log.print_every)
-        with _callbacks(learn, [record, snapshots, display, *logging_callbacks(recipe, folder)]):
+    stage = largest(_stage(folder, recipe) if folder and launch.is_first() else NEW)
+    if stage == COMPLETE:  # by the time that another process died
+        return folder
+    state = read_state(folder / "state.pt") if stage == INTERRUPTED else None
+    folder = _agreed(folder or (new_run_folder(recipe) if launch.is_first() else None))
+    record = RunFolder(folder, recipe, cost)
+    if state:
+        record.rows += state["rows"]
+    snapshots = Snapshots(folder / "state.pt", recipe.train.seed, record, state)
+    callbacks, display = [snapshots], TrainingDisplay(console, record.rows, recipe.log.print_every)
+    resume = f"python app.py {folder / 'recipe.yaml'} --resume"
+    with _alone(folder) if launch.is_first() else nullcontext():
+        if launch.is_first():
+            remove_partial(folder)
+            callbacks += [record, display, *logging_callbacks(recipe, folder)]
+        with _callbacks(learn, callbacks):
             try:
-                with snapshots.on_signals():
+                with snapshots.on_signals(), lost_processes_named():
                     fit(learn, recipe, snapshots.first_epoch)
+            except TrainingError as error:
+                raise TrainingError(f"{error}; {_last_good(folder, record)}") from None
+            except LostProcess as error:
+                raise LostProcess(f"{error}; the run is saved up to its last epoch; to go on: {resume}") from None
             finally:
                 display.close()
     if snapshots.stopped:
-        resume = f"python app.py {folder / 'recipe.yaml'} --resume"
         raise Interrupted(f"interrupted {snapshots.stopped}, and saved; to go on: {resume}", snapshots.stop)
     return folder
+
+
+def run_to_go_on_with(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str]:
+    """The folder that all processes are to go on with, if any, and a line that says so.
+
+    It is that of the newest interrupted run of the recipe, if `resume` asks for it. After torchrun has started all
+    processes again, because one had died, it is the one that they had begun, wherever that run has come to.
+    """
+    folder, found, store = None, "", launcher_store()
+    if launch.is_first():
+        if launch.restarts() and store is not None:
+            if store.check([FOLDER]):
+                folder = Path(store.get(FOLDER).decode())
+                found = f"A process has died, and all were started again: going on with {folder}."
+        elif resume or launch.restarts():
+            folder, found = interrupted_run(recipe)
+    return _agreed(folder), found
+
+
+def _agreed(folder: Optional[Path]) -> Optional[Path]:
+    text = from_first(str(folder).encode() if folder else None)
+    return Path(text.decode()) if text else None
+
+
+def _stage(folder: Path, recipe: Recipe) -> int:
+    if (folder / "state.pt").exists():
+        return INTERRUPTED
+    summary = folder / "summary.json"
+    done = json.loads(summary.read_text())["epochs"] if summary.exists() else 0
+    return COMPLETE if done == recipe.train.epochs else NEW
 
 
 @contextmanager
@@ -67,6 +116,12 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
     except BlockingIOError:
         raise RecipeError(f"output: {folder} is going on in another process") from None
+
+
+def _last_good(folder: Path, record: "RunFolder") -> str:
+    if not record.rows:
+        return "no epoch had ended before it"
+    return f"the last good weights are {folder / 'last.safetensors'}, of epoch {record.rows[-1]['epoch']}"
 
 
 @contextmanager
@@ -83,6 +138,8 @@ def new_run_folder(recipe: Recipe) -> Path:
         try:
             folder.mkdir(parents=True)
             write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+            if launcher_store() is not None:
+                launcher_store().set(FOLDER, str(folder))
             return folder
         except FileExistsError:  # of a run that started in the same second
             continue
@@ -160,7 +217,7 @@ class RunFolder(Callback):
         if time.monotonic() - self.drawn > 20 * self.drawing:  # short epochs are not to wait for pictures
             self._draw()
         average = getattr(self, "average_weights", None)
-        network = average.averaged if average else self.model
+        network = average.averaged if average else get_model(self.model)
         # The later one of equals, as the authors do.
         best = max(self.rows, key=lambda row: (row["inactive"], row["top_1"], row["epoch"]))
         names = ["last.safetensors"]

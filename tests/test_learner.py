@@ -171,7 +171,7 @@ def test_a_cancelled_validation_leaves_the_learner_with_its_own_network():
 def test_gradients_are_accumulated_over_batches():
     learn = trained("train.accumulate=2", "train.epochs=2", callbacks=[watch := Watch()])
     assert len(learn.recorder.losses) == 8 and len(watch.steps) == 3  # 1,437 images of 800 a step, twice
-    assert learn.gradient_accumulation.n_acc == 800
+    assert learn.whole_batch_accumulation.n_acc == 800
 
 
 def test_gradients_are_clipped():
@@ -226,7 +226,7 @@ def test_nothing_is_added_that_is_not_asked_for():
     learn = build_learner(load_recipe(QUICKSTART, TINY))
     kinds = {type(callback) for callback in learn.cbs}
     assert not kinds & {MixUp, CutMix, MixUpOrCutMix, AverageWeights}
-    assert not hasattr(learn, "gradient_accumulation") and not hasattr(learn, "gradient_clip")
+    assert not hasattr(learn, "whole_batch_accumulation") and not hasattr(learn, "gradient_clip")
 
 
 @pytest.mark.parametrize(
