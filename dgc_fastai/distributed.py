@@ -7,7 +7,6 @@ each process normalises by its own part, as is usual. In a single process, every
 
 import json
 import logging
-import os
 import random
 import warnings
 from collections.abc import Iterator
@@ -32,7 +31,6 @@ __all__ = [
     "gather",
     "join",
     "largest",
-    "launcher_store",
     "leave",
     "lost_processes_named",
     "speaks",
@@ -50,7 +48,9 @@ def join(device: torch.device) -> None:
     if launch.processes() == 1 or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    _store, rank, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, rank, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # The launcher's store can outlive processes that it starts again, with the addresses of those that have died.
+    _store = dist.PrefixStore(f"attempt {launch.restarts()}", store)
     dist.init_process_group(backend, timeout=PATIENCE, store=_store, rank=rank, world_size=count)
     if not launch.is_first():  # one of them is enough to say what concerns all
         warnings.simplefilter("ignore")
@@ -63,13 +63,6 @@ def leave() -> None:
     if _store is not None:
         dist.destroy_process_group()
         _store = None
-
-
-def launcher_store() -> Optional[dist.Store]:
-    """A store of strings that the launcher keeps when processes die and are started again; None without one."""
-    if _store is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    return _store.underlying_store if isinstance(_store, dist.PrefixStore) else _store
 
 
 def speaks() -> bool:

@@ -2,7 +2,7 @@
 
 import os
 
-__all__ = ["is_first", "local_rank", "processes", "rank", "restarts"]
+__all__ = ["is_first", "launch_name", "local_rank", "processes", "rank", "restarts", "will_restart"]
 
 
 def processes() -> int:
@@ -23,6 +23,17 @@ def local_rank() -> int:
 def restarts() -> int:
     """How often torchrun has started all processes again, after one of them had died."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def will_restart() -> bool:
+    """Whether torchrun starts all processes again if one dies now."""
+    return restarts() < _number("TORCHELASTIC_MAX_RESTARTS", 0)
+
+
+def launch_name() -> str:
+    """What tells this launch from others, the same after restarts; empty where nothing does."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name
 
 
 def is_first() -> bool:

@@ -150,6 +150,14 @@ def check_processes(recipe: Recipe) -> None:
         )
     if count > 1 and recipe.device not in ("auto", "cpu", "cuda"):
         raise RecipeError(f"device: {recipe.device} is one device, for {count} processes; use auto, cuda or cpu")
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}") == "true":
+            raise RecipeError(
+                f"accelerate is configured for {engine}; choose plain data parallelism: accelerate config"
+            )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if compiler.upper() != "NO":
+        raise RecipeError(f"train.compile: accelerate is told to compile with {compiler}; say it in the recipe alone")
     if owner not in ("no", recipe.train.precision):
         raise RecipeError(
             f"train.precision: {recipe.train.precision}, but accelerate is told mixed precision {owner}; "

@@ -19,7 +19,7 @@ from .budget import Budget
 from .checkpoint import save_checkpoint
 from .data import class_names
 from .display import TrainingDisplay, draw_curves
-from .distributed import from_first, largest, launcher_store, lost_processes_named
+from .distributed import from_first, largest, lost_processes_named
 from .errors import Interrupted, LostProcess, RecipeError, TrainingError
 from .files import only_one, remove_partial, write_atomically, write_table
 from .learner import fit
@@ -29,7 +29,7 @@ from .resume import Snapshots, read_state
 
 __all__ = ["RunFolder", "interrupted_run", "new_run_folder", "run_to_go_on_with", "train"]
 
-FOLDER = "run_folder"  # where the launcher keeps the name of the folder
+LAUNCH = "launch.txt"  # in the folder of a run that torchrun has started: which launch it was
 NEW, INTERRUPTED, COMPLETE = range(3)
 
 
@@ -69,9 +69,10 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
                 with snapshots.on_signals(), lost_processes_named():
                     fit(learn, recipe, snapshots.first_epoch)
             except TrainingError as error:
-                raise TrainingError(f"{error}; {_last_good(folder, record)}") from None
+                raise TrainingError(f"{error}; {_left_behind(folder, record, learn.non_finite_loss.images)}") from None
             except LostProcess as error:
-                raise LostProcess(f"{error}; the run is saved up to its last epoch; to go on: {resume}") from None
+                next_step = "all are started again" if launch.will_restart() else f"to go on: {resume}"
+                raise LostProcess(f"{error}; the run is saved up to its last epoch; {next_step}") from None
             finally:
                 display.close()
     if snapshots.stopped:
@@ -85,12 +86,12 @@ def run_to_go_on_with(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str
     It is that of the newest interrupted run of the recipe, if `resume` asks for it. After torchrun has started all
     processes again, because one had died, it is the one that they had begun, wherever that run has come to.
     """
-    folder, found, store = None, "", launcher_store()
+    folder, found = None, ""
     if launch.is_first():
-        if launch.restarts() and store is not None:
-            if store.check([FOLDER]):
-                folder = Path(store.get(FOLDER).decode())
-                found = f"A process has died, and all were started again: going on with {folder}."
+        if launch.restarts() and launch.launch_name():
+            names = {path.parent: path.read_text().strip() for path in recipe.runs.glob(f"*/{LAUNCH}")}
+            folder = next((folder for folder, name in names.items() if name == launch.launch_name()), None)
+            found = f"A process has died, and all were started again: going on with {folder}." if folder else ""
         elif resume or launch.restarts():
             folder, found = interrupted_run(recipe)
     return _agreed(folder), found
@@ -118,10 +119,19 @@ def _alone(folder: Path) -> Iterator[None]:
         raise RecipeError(f"output: {folder} is going on in another process") from None
 
 
-def _last_good(folder: Path, record: "RunFolder") -> str:
-    if not record.rows:
-        return "no epoch had ended before it"
-    return f"the last good weights are {folder / 'last.safetensors'}, of epoch {record.rows[-1]['epoch']}"
+def _left_behind(folder: Path, record: "RunFolder", images: list[str]) -> str:
+    """What there is after a loss that was no number: where the names of the images are, and the last good weights."""
+    found = []
+    if images:
+        names = folder / "nonfinite.txt"
+        if launch.is_first():
+            write_atomically(names, "\n".join(images) + "\n")
+        found.append(f"all names are in {names}")
+    if record.rows:
+        found.append(f"the last good weights are {folder / 'last.safetensors'}, of epoch {record.rows[-1]['epoch']}")
+    else:
+        found.append("no epoch had ended before")
+    return "; ".join(found)
 
 
 @contextmanager
@@ -138,8 +148,8 @@ def new_run_folder(recipe: Recipe) -> Path:
         try:
             folder.mkdir(parents=True)
             write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-            if launcher_store() is not None:
-                launcher_store().set(FOLDER, str(folder))
+            if launch.launch_name():
+                write_atomically(folder / LAUNCH, launch.launch_name() + "\n")
             return folder
         except FileExistsError:  # of a run that started in the same second
             continue

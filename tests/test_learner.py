@@ -11,10 +11,12 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from golden import equal_states
+from test_data import write_imagenet
 
 from dgc_fastai import build_learner, load_recipe
-from dgc_fastai.callbacks import AverageWeights, MixUpOrCutMix
-from dgc_fastai.errors import RecipeError
+from dgc_fastai.callbacks import AverageWeights, DeviceMixedPrecision, MixUpOrCutMix
+from dgc_fastai.conv import HeadGates, dgc_layers
+from dgc_fastai.errors import RecipeError, TrainingError
 from dgc_fastai.learner import _optimizer, fit
 from dgc_fastai.schedules import schedules
 
@@ -275,3 +277,133 @@ def test_channels_last_and_compile_train_the_same_network():
         assert learn.model.state_dict().keys() == plain.model.state_dict().keys()
         for name, value in plain.model.state_dict().items():
             torch.testing.assert_close(learn.model.state_dict()[name], value, rtol=1e-2, atol=1e-3)
+
+
+class NoNumber(Callback):
+    """A loss that is no number, from some batches, which leave their traces in the norms."""
+
+    order = 4  # before anybody looks at it
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def after_loss(self):
+        if self.training and (self.epoch, self.iter) in self.batches:
+            self.learn.loss_grad, self.learn.loss = self.learn.loss_grad * math.nan, self.learn.loss * math.nan
+            self.model.stages[0].layers[0].conv1.norm.running_mean.fill_(math.nan)
+
+
+class Weights(Callback):
+    """A copy of the weights after each training batch, by its place."""
+
+    order = 90
+
+    def before_fit(self):
+        self.after = {}
+
+    def after_batch(self):
+        if self.training:
+            self.after[self.epoch, self.iter] = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+
+def test_a_loss_that_is_no_number_stops_the_training():
+    with pytest.raises(TrainingError) as error:
+        trained("train.epochs=2", callbacks=[NoNumber({(1, 2)})])
+    text = str(error.value)
+    assert "the loss is nan at step 7 (epoch 2, batch 3), of the images" in text and "and 397 more" in text
+    assert "use a smaller train.lr" in text
+
+
+def test_the_images_of_a_bad_batch_are_named(tmp_path):
+    write_imagenet(tmp_path, train=3)
+    data = "data.name=imagenet", f"data.path={tmp_path}", "data.size=32", "data.batch_size=4", "train.epochs=1"
+    recipe = load_recipe(QUICKSTART, [*TINY, *data])
+    learn = build_learner(recipe)
+    learn.add_cb(NoNumber({(0, 1)}))
+    with learn.no_bar(), learn.no_logging(), pytest.raises(TrainingError):
+        fit(learn, recipe)
+    files = learn.dls.train_ds.items
+    expected = [str(files[index]) for index in learn.dls.train.indices[4:8]]
+    assert learn.non_finite_loss.images == expected and all(Path(name).is_file() for name in expected)
+
+
+def test_a_batch_without_a_finite_loss_can_be_left_out(caplog):
+    watch = Weights()
+    learn = trained("train.epochs=2", "train.nonfinite=skip", "train.ema=0.9", callbacks=[NoNumber({(0, 1)}), watch])
+    assert equal_states(watch.after[0, 0], watch.after[0, 1])  # neither weights nor statistics
+    assert not equal_states(watch.after[0, 1], watch.after[0, 2])
+    assert all(tensor.isfinite().all() for tensor in learn.model.state_dict().values())
+    assert all(math.isfinite(number) for row in learn.recorder.values for number in row)
+    assert "left out a batch: the loss is nan at step 2" in caplog.text
+    with pytest.raises(TrainingError, match="as in the 9 batches before"):
+        always = NoNumber({(epoch, batch) for epoch in range(3) for batch in range(4)} - {(0, 0)})
+        trained("train.epochs=3", "train.nonfinite=skip", callbacks=[always])
+
+
+def test_weights_that_are_no_numbers_are_not_kept():
+    class Break(Callback):
+        def after_batch(self):
+            if self.training and self.iter == 3:  # the last one: no loss tells of it any more
+                self.model.classifier.weight.data[0, 0] = math.inf
+
+    with pytest.raises(TrainingError, match="the weights are not finite any more at the end of epoch 1"):
+        trained(callbacks=[Break()])
+
+
+def test_bf16_on_a_cpu_keeps_gates_and_lasso_in_float32():
+    kinds = {}
+
+    class Kinds(Callback):
+        def before_fit(self):
+            for module in self.model.modules():
+                if isinstance(module, (HeadGates, torch.nn.Linear)):
+                    module.register_forward_hook(lambda m, _, y: kinds.setdefault(type(m).__name__, set()).add(y.dtype))
+
+        def after_loss(self):
+            kinds.setdefault("lasso", set()).update(layer.lasso.dtype for layer in dgc_layers(self.model))
+
+    exact, learn = (
+        trained(f"train.precision={name}", "train.epochs=3", callbacks=[Kinds()]) for name in ("float32", "bf16")
+    )
+    assert kinds["HeadGates"] == kinds["lasso"] == {torch.float32} and torch.bfloat16 in kinds["Linear"]
+    assert all(weight.dtype is torch.float32 for weight in learn.model.parameters())
+    assert learn.recorder.values[-1][1] == pytest.approx(exact.recorder.values[-1][1], abs=0.05)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_overflow_in_fp16_leaves_out_a_step_and_halves_the_scale():
+    class Overflow(Callback):
+        order = DeviceMixedPrecision.order + 1  # what is scaled already
+
+        def after_loss(self):
+            self.learn.loss_grad = self.learn.loss_grad * (torch.inf if self.training and self.iter == 2 else 1)
+
+        def before_backward(self):
+            if self.iter == 2:
+                self.learn.loss_grad = self.learn.loss_grad * torch.inf
+
+    class Scales(Callback):
+        order = 95
+
+        def before_fit(self):
+            self.seen = []
+
+        def after_batch(self):
+            if self.training:
+                self.seen.append(self.learn.scaler.get_scale())
+
+    recipe = load_recipe(QUICKSTART, [*TINY, "train.accumulate=1"])
+    learn = build_learner(recipe)
+    scales, watch = Scales(), Weights()
+    learn.add_cbs([DeviceMixedPrecision(amp_mode="fp16", init_scale=1024.0), Overflow(), scales, watch])
+    with learn.no_bar(), learn.no_logging():
+        fit(learn, recipe)
+    assert scales.seen == [1024, 1024, 512, 512]
+
+    def weights(batch):
+        return {
+            k: v for k, v in watch.after[0, batch].items() if "running" not in k and "num_" not in k and "inac" not in k
+        }
+
+    assert equal_states(weights(1), weights(2)) and not equal_states(weights(2), weights(3))
+    assert all(tensor.isfinite().all() for tensor in learn.model.state_dict().values())

@@ -66,7 +66,7 @@ def test_published_experiments(name):
     recipe = load_recipe(path)
     assert (recipe.model.arch, recipe.model.gate_factor, recipe.model.heads) == (arch, gate_factor, 4)
     assert (recipe.train.epochs, recipe.data.batch_size, recipe.data.name) == (epochs, batch, data)
-    train = recipe.train.model_dump(exclude={"epochs", "seed", "precision", "channels_last", "compile"})
+    train = recipe.train.model_dump(exclude={"epochs", "seed", "precision", "nonfinite", "channels_last", "compile"})
     assert train == dict(
         optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="cosine", warmup=0,
         lasso=1e-5, label_smoothing=0, mixup=0, cutmix=0, clip=None, accumulate=1, ema=None,
@@ -232,7 +232,8 @@ def test_preflight_asks_the_driver_for_devices(recipe, monkeypatch):
 
     monkeypatch.setattr(module, "cuda_devices", lambda: 0)
     assert "no CUDA driver or GPU; use device=cpu" in preflight_refusal(recipe, "device=cuda")
-    assert "needs a CUDA device" in preflight_refusal(recipe, "train.precision=bf16")
+    assert "needs a CUDA device" in preflight_refusal(recipe, "train.precision=fp16")
+    preflight(load_recipe(recipe, ["train.precision=bf16"]))
     monkeypatch.setattr(module, "cuda_devices", lambda: 2)
     assert "there are 2 GPUs" in preflight_refusal(recipe, "device=cuda:2")
     preflight(load_recipe(recipe, ["device=cuda:1", "train.precision=bf16"]))

@@ -20,7 +20,7 @@ from test_data import write_imagenet
 
 from dgc_fastai import budget, build_learner, load_recipe
 from dgc_fastai.data import input_size
-from dgc_fastai.errors import CheckpointError, Interrupted
+from dgc_fastai.errors import CheckpointError, Interrupted, TrainingError
 from dgc_fastai.files import only_one
 from dgc_fastai.resume import read_state
 from dgc_fastai.run import interrupted_run, train
@@ -248,3 +248,22 @@ def test_every_nth_epoch_is_kept(tmp_path):
     ]
     kept = load_file(folder / "epoch_0004.safetensors")
     assert kept.keys() == load_file(folder / "last.safetensors").keys()
+
+
+def test_a_run_whose_loss_is_no_number_names_what_is_left(tmp_path):
+    class NoNumber(Callback):
+        order = 4
+
+        def after_loss(self):
+            if self.training and self.epoch == 1:
+                self.learn.loss = self.learn.loss * float("nan")
+
+    with pytest.raises(TrainingError) as error:
+        start([f"output={tmp_path}"], callback=NoNumber())
+    (folder,) = tmp_path.iterdir()
+    assert "step 6 (epoch 2, batch 1)" in str(error.value)
+    assert f"the last good weights are {folder / 'last.safetensors'}, of epoch 1" in str(error.value)
+    assert f"all names are in {folder / 'nonfinite.txt'}" in str(error.value)
+    names = (folder / "nonfinite.txt").read_text().split()
+    assert len(set(names)) == 300 and set(map(int, names)) <= set(range(1437))
+    assert len(history(folder)) == 1 and load_file(folder / "last.safetensors")

@@ -1,0 +1,218 @@
+"""Several processes do what one does, and survive what happens to one of them."""
+
+import csv
+import io
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from golden import equal_states
+from rich.console import Console
+from test_data import write_fashion_mnist, write_imagenet
+
+import app
+from dgc_fastai import budget, build_learner, load_recipe
+from dgc_fastai.data import FileDL
+from dgc_fastai.errors import LostProcess
+from dgc_fastai.run import train
+
+ROOT = Path(__file__).parents[1]
+TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def several(count, folder, what, *overrides):
+    """What each of so many processes keeps; a single one is this one."""
+    if count == 1:
+        processes.main(folder, what, *overrides)
+    else:
+        command = [*TORCHRUN, str(count), ROOT / "tests/processes.py", folder, what, *overrides]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
+
+
+# 1,437 images: the last batch of an epoch has one image, and one of two processes none, or it has 237.
+@pytest.mark.parametrize(
+    "overrides",
+    [["data.batch_size=718"], ["data.batch_size=200", "train.accumulate=2", "train.clip=0.05", "train.ema=0.9"]],
+    ids=["plain", "accumulate-clip-ema"],
+)
+def test_two_processes_train_as_one_does(tmp_path, overrides):
+    overrides = "train.epochs=3", "data.augment=[]", "train.optimizer=sgd", "train.lr=0.1", *overrides
+    (one,), two = several(1, tmp_path, "plain", *overrides), several(2, tmp_path, "plain", *overrides)
+    torch.manual_seed(0)
+    before = processes.without_norms().state_dict()
+    moved = [(one["weights"][name] - before[name]).abs().max() for name in before]
+    assert max(moved) > 0.01  # there was something to disagree about
+    for other in two:
+        assert other["inactive"] == one["inactive"] and one["inactive"][-1] == [12, 24]
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(other["history"]), torch.tensor(one["history"]), rtol=0, atol=1e-4)
+        assert other["scores"] == pytest.approx(one["scores"], abs=1e-5)
+
+
+def test_two_processes_train_the_real_network_alike(tmp_path):
+    overrides = *TINY, "train.epochs=6", "data.batch_size=100"
+    (one,), two = several(1, tmp_path, "train", *overrides), several(2, tmp_path, "train", *overrides)
+    assert two[0]["inactive"] == two[1]["inactive"] == one["inactive"]
+    assert two[0]["history"] == two[1]["history"] and two[0]["scores"] == two[1]["scores"]
+    assert equal_states(two[0]["weights"], two[1]["weights"])  # norms' statistics, too
+    assert two[0]["history"][-1][0] == pytest.approx(one["history"][-1][0], abs=0.1)
+
+
+def test_every_validation_image_counts_once(tmp_path):
+    write_fashion_mnist(tmp_path / "data", n=1001)
+    overrides = *TINY, "data.name=fashion_mnist", f"data.path={tmp_path / 'data'}", "data.batch_size=48"
+    (one,) = several(1, tmp_path, "validate", *overrides)
+    right = one["scores"]["top_1"] * 1001, one["scores"]["top_5"] * 1001
+    assert right == pytest.approx([round(count) for count in right], abs=1e-3)
+    for count in (2, 3):
+        for other in several(count, tmp_path, "validate", *overrides):
+            for name, number in zip(("top_1", "top_5"), right):
+                assert round(other["scores"][name] * 1001) == round(number)
+            assert other["scores"]["loss"] == pytest.approx(one["scores"]["loss"], abs=1e-5)
+
+
+def test_a_run_of_two_processes_that_is_stopped_goes_on_to_the_same_bits(tmp_path):
+    augmented = *TINY, "train.ema=0.9", "model.drop_rate=0.2"
+    undisturbed = several(2, tmp_path, "run", *augmented, f"output={tmp_path / 'undisturbed'}")
+    overrides = *augmented, f"output={tmp_path / 'stopped'}"
+    stopped = several(2, tmp_path, "stop", *overrides)
+    assert all("in epoch 2 of 3, after 2 of 5 batches" in one["stopped"] for one in stopped)
+    resumed = several(2, tmp_path, "resume", *overrides)
+    assert resumed[0]["folder"] == resumed[1]["folder"]
+    for one, other in zip(undisturbed, resumed):
+        for name, weight in one["weights"].items():
+            # The average over processes of what their norms have seen is rounded once more.
+            torch.testing.assert_close(other["weights"][name], weight, rtol=0, atol=1e-6 * ("running" in name))
+    rows = [list(csv.DictReader(open(Path(one[0]["folder"]) / "history.csv"))) for one in (undisturbed, resumed)]
+    assert [row["epoch"] for row in rows[1]] == ["1", "2", "3"]
+    for row, other in zip(*rows):
+        del row["seconds"], other["seconds"]
+        assert {key: float(value) for key, value in row.items()} == pytest.approx(
+            {key: float(value) for key, value in other.items()}, rel=1e-5
+        )
+
+
+def test_a_loss_that_is_no_number_in_one_of_two_processes(tmp_path):
+    overrides = *TINY, "data.augment=[]"
+    stopped = several(2, tmp_path, "no_number", *overrides)
+    assert stopped[0] == stopped[1]
+    assert "the loss is nan at step 2 (epoch 1, batch 2), of the images" in stopped[0]["error"]
+    assert "and 147 more" in stopped[0]["error"]  # of the one process's 150
+    skipped = several(2, tmp_path, "no_number", *overrides, "train.nonfinite=skip")
+    assert equal_states(skipped[0]["weights"], skipped[1]["weights"])
+    assert all(tensor.isfinite().all() for tensor in skipped[0]["weights"].values())
+    assert torch.tensor(skipped[0]["history"]).isfinite().all()
+
+
+class Launch:
+    """app.py under torchrun, its output in a file."""
+
+    def __init__(self, folder, *options, restarts=0):
+        self.log = folder / "log"
+        command = [*TORCHRUN, "2", "--max-restarts", str(restarts), ROOT / "app.py", "recipes/quickstart.yaml"]
+        with open(self.log, "w") as log:
+            arguments = [*command, *TINY, f"output={folder}", *options]
+            self.process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=log)
+
+    def wait_for(self, text):
+        until = time.monotonic() + 120
+        while not re.search(text, self.log.read_text()):
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            time.sleep(0.02)
+
+    def workers(self):
+        listing = subprocess.run(["ps", "-o", "pid=,ppid=", "-A"], capture_output=True, text=True).stdout
+        pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
+        return sorted(pid for pid, parent in pairs if parent == self.process.pid and pid != self.process.pid)
+
+
+@pytest.mark.parametrize("moment", range(5))
+def test_a_killed_process_leads_to_a_resumed_run(tmp_path, moment):
+    chance = random.Random(moment)
+    launch = Launch(tmp_path, "train.epochs=12", restarts=1)
+    launch.wait_for("top-1")
+    time.sleep(chance.uniform(0, 3))
+    os.kill(chance.choice(launch.workers()), signal.SIGKILL)
+    assert launch.process.wait(timeout=200) == 0, launch.log.read_text()
+    log = launch.log.read_text()
+    assert log.count("The run is in") == 1 and "Traceback" not in log
+    assert log.count("A process has died, and all were started again") == 1
+    (history,) = tmp_path.glob("*/history.csv")
+    assert [int(row["epoch"]) for row in csv.DictReader(open(history))] == list(range(1, 13))
+    assert not list(tmp_path.glob("*/state.pt")) and not list(tmp_path.glob("*/.*.partial"))
+
+
+def test_a_dead_process_ends_all_with_one_message(tmp_path):
+    launch = Launch(tmp_path, "train.epochs=500")
+    launch.wait_for(r"\n +2 ")
+    began = time.monotonic()
+    os.kill(launch.workers()[0], signal.SIGKILL)
+    assert launch.process.wait(timeout=60) != 0 and time.monotonic() - began < 60
+    ours = launch.log.read_text().split("closing signal")[0]
+    errors = re.findall("error: .*", ours)
+    assert len(errors) == 1 and "another process of this run has died" in errors[0] and "--resume" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, answer",
+    [
+        (["data.batch_size=63"], {}, "63 images cannot be divided evenly among 2 processes"),
+        (["device=cuda:1"], {}, "is one device, for 2 processes"),
+        (["train.precision=bf16"], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "accelerate is told mixed precision fp16"),
+        (["train.precision=float32"], {"ACCELERATE_MIXED_PRECISION": "bf16"}, "say it in the recipe alone"),
+        ([], {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP"),
+        ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate is told to compile with INDUCTOR"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(monkeypatch, capsys, arguments, environment, answer):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["app.py", str(ROOT / "recipes/quickstart.yaml"), *arguments])
+    assert app.main() == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["app.py", "sweep", str(ROOT / "recipes/quickstart.yaml"), "train.epochs=1,2"])
+    assert app.main() == 2
+    assert "sweep takes one process, and 2 were started" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the other one leaves the telling to the first
+    monkeypatch.delitem(sys.modules, "dgc_fastai.distributed", raising=False)
+    assert app.main() == 2
+    assert not capsys.readouterr().err
+
+
+def test_accelerate_launches_it(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    arguments = ["app.py", "recipes/quickstart.yaml", *TINY, "train.epochs=1", f"output={tmp_path}"]
+    done = subprocess.run([*command, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "The run is in" in done.stdout, done.stderr
+
+
+def test_a_dead_reader_of_images_is_one_line(tmp_path, monkeypatch):
+    def killed(loader, index):
+        os.kill(os.getpid(), signal.SIGKILL) if torch.utils.data.get_worker_info() else None
+        return original(loader, index)
+
+    original = FileDL.do_item
+    monkeypatch.setattr(FileDL, "do_item", killed)
+    write_imagenet(tmp_path / "data")
+    data = "data.name=imagenet", f"data.path={tmp_path / 'data'}", "data.size=32", "data.batch_size=4", "data.workers=1"
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [*TINY, *data, f"output={tmp_path / 'runs'}"])
+    learn = build_learner(recipe)
+    with pytest.raises(LostProcess, match="a process that reads images has died.*to go on: python app.py .*--resume"):
+        train(learn, recipe, budget(learn.model, (3, 32, 32)), Console(file=io.StringIO()))
