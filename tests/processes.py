@@ -74,7 +74,7 @@ class NoNumber(Callback):
             self.learn.loss_grad, self.learn.loss = self.learn.loss_grad * math.nan, self.learn.loss * math.nan
             for module in self.model.modules():
                 if isinstance(module, nn.BatchNorm2d):
-                    module.running_mean.fill_(math.nan)
+                    module.running_mean.data.fill_(math.nan)
 
 
 def plain(recipe):

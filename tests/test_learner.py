@@ -290,7 +290,7 @@ class NoNumber(Callback):
     def after_loss(self):
         if self.training and (self.epoch, self.iter) in self.batches:
             self.learn.loss_grad, self.learn.loss = self.learn.loss_grad * math.nan, self.learn.loss * math.nan
-            self.model.stages[0].layers[0].conv1.norm.running_mean.fill_(math.nan)
+            self.model.stages[0].layers[0].conv1.norm.running_mean.data.fill_(math.nan)
 
 
 class Weights(Callback):
