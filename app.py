@@ -212,9 +212,9 @@ def benchmark(
     rounds: Annotated[int, Parameter(validator=Number(gte=1))] = 7,
     out: Optional[Path] = None,
     compile: bool = True,
-    only: Optional[Literal["training", "inference"]] = None,
+    only: Optional[Literal["training", "inference", "data"]] = None,
 ) -> None:
-    """Time RECIPE's network beside its twins without gates and the authors' formulation, without its data.
+    """Time RECIPE's network beside its twins without gates and the authors' formulation; or its data pipeline.
 
     Parameters
     ----------
@@ -225,20 +225,27 @@ def benchmark(
     compile
         Whether to try inference by torch.compile, too, which takes it some minutes and needs a C++ compiler.
     only
-        The half of it that is wanted; by default both.
+        What is wanted of it; by default training and inference, which do without the data. data: the images a second
+        that the pipeline gives, by itself, beside those that a training step takes.
     """
     plan = load_recipe(recipe, overrides)
     check_device(plan)
     check_compiler(plan.train.compile, "train.compile")
-    check_compiler(compile and only != "training", "--compile")
+    check_compiler(compile and only in (None, "inference"), "--compile")
+    if only == "data":
+        check_data(plan.data)
     with console.status("Starting torch and timm, building the networks"):
         from dgc_fastai.benchmark import benchmark as measure
-        from dgc_fastai.benchmark import benchmark_folder, plan_benchmark
+        from dgc_fastai.benchmark import benchmark_folder, plan_benchmark, plan_data
         from dgc_fastai.display import show_benchmark
 
-        measurements = [one for one in plan_benchmark(plan, compile) if one.what.startswith(only or "")]
+        if only == "data":
+            measurements, sources = [], plan_data(plan)
+        else:
+            measurements = [one for one in plan_benchmark(plan, compile) if one.what.startswith(only or "")]
+            sources = []
         folder = benchmark_folder(plan, out)
-    show_benchmark(console, measure(plan, measurements, folder, rounds, console))
+    show_benchmark(console, measure(plan, measurements, folder, rounds, console, sources))
     console.print(f"benchmark.json and benchmark.png are in {folder}.", soft_wrap=True, highlight=False)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .conv import dgc_layers, gate_penalty, set_progress
-from .data import class_names, input_size
+from .data import FILES, class_names, input_size
 from .deploy import deploy
 from .display import draw_benchmark, measuring_bar
 from .errors import RecipeError, UserError
@@ -36,12 +36,14 @@ from .files import write_atomically
 from .learner import assemble, build_model, prepare, select_device, use_device
 from .ops import use_formulation
 from .recipe import Data, Recipe
+from .throughput import Source, measure_rates, pipeline_sources, repeat, verdict
 
-__all__ = ["Measurement", "Variant", "benchmark", "benchmark_folder", "plan_benchmark"]
+__all__ = ["Measurement", "Variant", "benchmark", "benchmark_folder", "plan_benchmark", "plan_data"]
 
 LEAST_SECONDS = 0.1  # between two looks at the clock; what is faster is called several times
 MOST_CALLS = 200
 BASELINE, AGAIN = "dense", "dense again"  # the same network, first and last of a round
+HALF_WAY = "ours at 0.5"
 
 
 class Variant(NamedTuple):
@@ -125,6 +127,39 @@ def plan_benchmark(recipe: Recipe, compiled: bool = True) -> list[Measurement]:
         ]
         plan.append(Measurement("inference", count, [*variants[:-1], *more, variants[-1]], with_memory=False))
     return plan
+
+
+def plan_data(recipe: Recipe) -> list[Source]:
+    """What there is to measure of a recipe's input: training steps of two networks, and the data pipeline by itself.
+
+    Raises:
+        RecipeError: as in `plan_benchmark`, or the data are not there.
+    """
+    step = plan_benchmark(recipe, compiled=False)[0]
+    wait = _waiter(select_device(recipe.device))
+
+    def steps(variant: Variant) -> tuple[int, float]:
+        def one() -> int:
+            variant.call()
+            wait()
+            return step.batch
+
+        with variant.setting():
+            return repeat(one)
+
+    networks = [variant for variant in step.variants if variant.name in (BASELINE, HALF_WAY)]
+    return [
+        *(Source(_step_name(variant.name), partial(steps, variant)) for variant in networks),
+        *pipeline_sources(recipe, select_device(recipe.device), wait),
+    ]
+
+
+def _step_name(variant: str) -> str:
+    return f"training step, {variant}"
+
+
+def _waiter(device: torch.device) -> Callable[[], None]:
+    return (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
 
 
 def _compiled(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -305,15 +340,20 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def benchmark(
-    recipe: Recipe, plan: Sequence[Measurement], folder: Path, rounds: int, console: Console
+    recipe: Recipe,
+    plan: Sequence[Measurement],
+    folder: Path,
+    rounds: int,
+    console: Console,
+    sources: Sequence[Source] = (),
 ) -> dict[str, Any]:
-    """Measure what `plan_benchmark` has planned, and write it to `benchmark.json` and `benchmark.png` in a folder.
+    """Measure what `plan_benchmark` and `plan_data` have planned; `benchmark.json` and `benchmark.png` into a folder.
 
     Returns:
         What is in the JSON file, which grows with every measurement: the machine, the recipe, all times.
     """
     device = select_device(recipe.device)
-    wait = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    wait = _waiter(device)
     report = {
         "name": recipe.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -324,6 +364,7 @@ def benchmark(
         "measurements": [],
     }
     total = sum(len(variants) * (rounds + 1 + with_memory) for _, _, variants, with_memory in plan)
+    total += len(sources) * (rounds + 1)
     try:
         with measuring_bar(console, total) as show:
             for what, batch, variants, with_memory in plan:
@@ -337,11 +378,20 @@ def benchmark(
                 rows = summarize(times, memory)
                 report["measurements"].append({"what": what, "batch": batch, "variants": rows} | speedup(rows))
                 write_atomically(folder / "benchmark.json", json.dumps(report, indent=2) + "\n")
+            if sources:
+                rows, workers = measure_rates(sources, rounds, partial(show, "images a second")), _workers(recipe.data)
+                report["data"] = {"workers": workers, "batch": recipe.data.batch_size, "sources": rows}
+                report["data"] |= verdict(rows, _step_name(HALF_WAY), workers)
+                write_atomically(folder / "benchmark.json", json.dumps(report, indent=2) + "\n")
     finally:
         with suppress(OSError):
             folder.rmdir()  # only a folder in which nothing is: interrupted in the first measurement
     write_atomically(folder / "benchmark.png", draw_benchmark(report))
     return report
+
+
+def _workers(data: Data) -> int:
+    return data.workers if data.name in FILES else 0  # a small set lies on the device
 
 
 def benchmark_folder(recipe: Recipe, out: Optional[Path] = None) -> Path:

@@ -8,10 +8,12 @@ import logging
 import math
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
 import fastai.vision.learner  # noqa: F401  (teaches show_batch and show_results to lay out images)
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
@@ -30,7 +32,7 @@ from .preflight import folder_parts, image_classes
 from .readers import small_set, small_set_classes
 from .recipe import Data
 
-__all__ = ["build_dataloaders", "class_names", "input_size", "read_image", "statistics"]
+__all__ = ["build_dataloaders", "class_names", "input_size", "open_image", "read_image", "statistics"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Per-channel mean and standard deviation, those of CIFAR and ImageNet to the digits that the authors used.
@@ -43,6 +45,7 @@ STATISTICS = {
     "folder": IMAGENET,
 }
 FILES = "imagenet", "folder"
+RESIZING = ("cuda",)  # devices that resize what the workers have cropped
 MOST_BYTES = 4 * 2**30  # of a small set, resized
 
 
@@ -218,23 +221,34 @@ class UnreadableImage(UserError):
     """A file that is no image, or a damaged one: its path and why."""
 
 
-def _open_image(path: Path) -> PILImage:
+def open_image(path: Path) -> PILImage:
+    """An image file in RGB, decoded by Pillow.
+
+    Pillow, because torchvision's decoders are to be removed, gain a tenth at most, and its decoder of PNG ends the
+    process at a damaged file (version 0.29).
+
+    Raises:
+        UnreadableImage: the file is no image, a damaged one, or one past Pillow's limit of pixels.
+    """
     try:
-        return PILImage.create(path)
+        image = PILImage.create(path, mode=None)
+        if image.mode.startswith("I;16"):  # Pillow would clip it to white
+            image = PILImage.create((np.asarray(image) >> 8).astype(np.uint8))
+        return image if image.mode == "RGB" else PILImage(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders have no common error
         reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "") or type(error).__name__
         raise UnreadableImage(path, " ".join(reason.split())) from None
 
 
 class ImageTransform(Transform):
-    """One of torchvision's transforms of a PIL image, for training or for validation."""
+    """One of torchvision's transforms of a PIL image to bytes [3, H, W], for training or for validation."""
 
     def __init__(self, function: v2.Transform, split_idx: int):
         super().__init__()
         self.function, self.split_idx = function, split_idx
 
     def encodes(self, image: PILImage):
-        return self.function(image)
+        return TensorImage(self.function(image))
 
 
 class FileDL(EpochDL):
@@ -267,7 +281,45 @@ class FileDL(EpochDL):
                     items.append(self.do_item(index))
                 except UnreadableImage as error:
                     unreadable.append(error.args)
-            yield (*(self.do_batch(items) if items else (None, None)), unreadable)
+            yield self.do_batch(items, unreadable)
+
+    def do_batch(self, items: Sequence[tuple[Tensor, Tensor]], unreadable: Sequence[tuple[Path, str]] = ()):
+        return (*(self.collate(items) if items else (None, None)), unreadable)
+
+    def collate(self, items: Sequence[tuple[Tensor, Tensor]]):
+        return super().do_batch(items)
+
+
+class CropsDL(FileDL):
+    """A FileDL of crops that the device resizes: see `ResizeCrops`.
+
+    What workers do beside decoding is mostly resizing. They crop all the same, which costs them no more than a copy: a
+    crop is fewer bytes than its image, to the device, too. A batch of crops goes as one tensor, since each tensor takes
+    a worker a file descriptor, and a device a transfer.
+    """
+
+    def collate(self, items: Sequence[tuple[Tensor, Tensor]]):
+        images, labels = zip(*items)
+        images = [image.as_subclass(Tensor).permute(1, 2, 0) for image in images]  # as they lie in memory
+        crops = torch.cat([image.reshape(-1) for image in images])
+        return crops, TensorCategory(torch.stack(labels)), [tuple(image.shape) for image in images]
+
+
+class ResizeCrops(ItemTransform):
+    """The crops of a `CropsDL` batch, of bytes, resized as FileCropFlip does it: bytes [B, 3, size, size]."""
+
+    order = -50  # right after Unreadable
+
+    def __init__(self, size: int):
+        self.size = [size, size]
+
+    def encodes(self, batch):
+        crops, labels, shapes = batch
+        # In floats, all at once: CUDA does not resize bytes, and every call is a kernel.
+        parts = crops.float().split([math.prod(shape) for shape in shapes])
+        images = [part.view(1, *shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes)]
+        images = torch.cat([F.interpolate(image, self.size, mode="bilinear", antialias=True) for image in images])
+        return TensorImage(images.round().clamp(0, 255).byte()), labels
 
 
 class Unreadable(ItemTransform):
@@ -282,7 +334,7 @@ class Unreadable(ItemTransform):
         self.skip, self.known = skip, set()
 
     def encodes(self, batch):
-        *batch, unreadable = batch if len(batch) == 3 else (*batch, [])
+        *batch, unreadable = batch
         for path, reason in unreadable:
             if not self.skip or batch[0] is None:
                 raise RecipeError(
@@ -302,26 +354,31 @@ def _file_loaders(data: Data, device: torch.device) -> DataLoaders:
     categorize.setups(None)
     datasets = Datasets(
         files[0] + files[1],
-        tfms=[[_open_image], [parent_label, categorize]],
+        tfms=[[open_image], [parent_label, categorize]],
         splits=[list(split) for split in numbers],
         do_setup=False,  # it would open the first image, and that may be unreadable
     )
-    transforms = [ImageTransform(training_transform(data), 0), ImageTransform(evaluation_transform(data), 1)]
+    on_device = device.type in RESIZING
+    transforms = [
+        ImageTransform(training_transform(data, may_leave_large=on_device), 0),
+        ImageTransform(evaluation_transform(data), 1),
+    ]
     erasing = [RandomErasing()] if "random_erasing" in data.augment else []
     unreadable = Unreadable(skip=data.unreadable == "skip")
     loaders = [
-        FileDL(
+        (CropsDL if crops else FileDL)(
             datasets.subset(split_idx),
             bs=data.batch_size,
             shuffle=split_idx == 0,
             num_workers=data.workers,
             drop_last=False,  # the authors keep the last, smaller batch
             after_item=[*transforms, ToTensor()],
-            after_batch=[unreadable, IntToFloatTensor(), _normalize(data), *erasing],
+            after_batch=[unreadable, *crops, IntToFloatTensor(), _normalize(data), *erasing],
             pin_memory=device.type == "cuda",
             device=device,
         )
-        for split_idx in range(2)
+        # Validation is resized by the workers: an image is wanted whole there, and comes but once an epoch.
+        for split_idx, crops in enumerate(([ResizeCrops(data.image_size)] * on_device, []))
     ]
     return DataLoaders(*loaders, device=device)
 
@@ -355,12 +412,12 @@ def read_image(path: Path, data: Data) -> Tensor:
         UserError: the file cannot be read.
     """
     try:
-        image = _open_image(path)
+        image = open_image(path)
     except UnreadableImage as error:
         raise UserError("{}: cannot read the image: {}".format(*error.args)) from None
     channels, *size = input_size(data)
     if data.name in FILES:
-        steps = [evaluation_transform(data), v2.PILToTensor()]
+        steps = [evaluation_transform(data)]
     else:
         steps = [v2.Grayscale() if channels == 1 else v2.Identity(), v2.PILToTensor(), v2.Resize(size, antialias=True)]
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*statistics(data))]

@@ -42,6 +42,7 @@ BAR_COLORS = {
     "ours": "tab:blue",
     "deployed": "tab:purple",
 }
+DATA_COLOR = "tab:olive"
 HEARTBEAT = 60  # seconds between lines within an epoch, where there is no live bar
 
 
@@ -253,7 +254,42 @@ def measuring_bar(console: Console, total: int) -> Iterator[Callable[[str, str],
 
 
 def show_benchmark(console: Console, report: dict[str, Any]) -> None:
-    """Print the table of a benchmark, as `benchmark.json` holds it, with no more digits than its noise leaves."""
+    """Print the tables of a benchmark, as `benchmark.json` holds it, with no more digits than its noise leaves."""
+    if report["measurements"]:
+        _show_measurements(console, report)
+    if "data" in report:
+        _show_data(console, report)
+
+
+def _show_data(console: Console, report: dict[str, Any]) -> None:
+    data = report["data"]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("images/s", "range"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in data["sources"]:
+        decimals = _decimals(row["median"], row["max"] / row["min"] - 1)
+        table.add_row(row["name"], *(_rounded(row["median"], decimals), f"{row['min']:,.3g} to {row['max']:,.3g}"))
+    console.print(table)
+    console.print(f"{_machine_line(report)}.", highlight=False)
+    console.print(
+        f"[dim]Medians of {_plural(report['rounds'], 'interleaved round')}, batches of {data['batch']}; each by "
+        "itself, the files in the system's cache. On a CPU, network and workers share its cores.[/]",
+        highlight=False,
+    )
+    console.print(_data_verdict(data), highlight=False)
+
+
+def _data_verdict(data: dict[str, Any]) -> str:
+    limits = data["limit"] == "data"
+    remedy = f"; {data['enough']} would be enough" if limits and data["enough"] else ""
+    return (
+        f"The network takes {data['taken']:,.3g} images/s, the data gives {data['given']:,.3g} with "
+        f"{_plural(data['workers'], 'worker')}: the data {'is' if limits else 'is not'} what limits{remedy}."
+    )
+
+
+def _show_measurements(console: Console, report: dict[str, Any]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("ms", "x dense", "range", "peak MiB", "x dense"):
@@ -295,15 +331,18 @@ def show_benchmark(console: Console, report: dict[str, Any]) -> None:
 
 
 def draw_benchmark(report: dict[str, Any]) -> bytes:
-    """A PNG of a benchmark: times and peak memory as shares of the dense twin's, whiskers from least to most."""
+    """A PNG of a benchmark: times and peak memory as shares of the dense twin's, or images a second of the data.
+
+    Whiskers go from least to most.
+    """
+    if not report["measurements"]:
+        return _draw_data(report)
     training = [one for one in report["measurements"] if one["what"] == "training step"]
     inference = [one for one in report["measurements"] if one["what"] != "training step"]
     rows = [["time", "memory"]] * len(training) + [["one", "many" if len(inference) > 1 else "one"]] * bool(inference)
     heights = [len(one["variants"]) for one in (*training, *inference[:1])]
     figure = Figure(figsize=(10, 0.9 + 0.37 * sum(heights) + 1.1 * len(heights)), layout="constrained")
-    figure.suptitle(
-        f"{report['name']} ({report['recipe']['model']['arch']})\n{_machine_line(report)}", fontsize="medium"
-    )
+    figure.suptitle(_benchmark_title(report), fontsize="medium")
     panels = figure.subplot_mosaic(rows, height_ratios=heights)
     for measurement in training:
         _draw_times(panels["time"], measurement)
@@ -320,6 +359,36 @@ def draw_benchmark(report: dict[str, Any]) -> bytes:
     band = next(iter(panels.values())).get_legend_handles_labels()
     figure.legend(*band, loc="outside lower center", fontsize="small", frameon=False)
     return to_png(figure)
+
+
+def _draw_data(report: dict[str, Any]) -> bytes:
+    data, rows = report["data"], report["data"]["sources"]
+    figure = Figure(figsize=(10, 1.9 + 0.37 * len(rows)), layout="constrained")
+    figure.suptitle(_benchmark_title(report), fontsize="medium")
+    axes = figure.subplots()
+    rates = [row["median"] for row in rows]
+    whiskers = [[abs(row[end] - row["median"]) for row in rows] for end in ("min", "max")]
+    names = [row["name"] for row in rows]
+    colors = [BAR_COLORS.get(name.partition(", ")[2].split()[0], DATA_COLOR) for name in names]
+    axes.barh(range(len(rows)), rates, color=colors, height=0.7, xerr=whiskers, error_kw={"capsize": 3})
+    for place, row in enumerate(rows):
+        axes.annotate(
+            f"{row['median']:,.3g}", (row["max"], place), (6, 0), textcoords="offset points", va="center",
+            fontsize="small",
+        )  # fmt: skip
+    axes.margins(x=0.08)
+    axes.axvline(data["taken"], color="0.25", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.set_title(_data_verdict(data), fontsize="medium")
+    axes.set_xlabel(f"images/s, batches of {data['batch']}; dashed: what the network takes half way")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    return to_png(figure)
+
+
+def _benchmark_title(report: dict[str, Any]) -> str:
+    return f"{report['name']} ({report['recipe']['model']['arch']})\n{_machine_line(report)}"
 
 
 def _draw_times(axes: Axes, measurement: dict[str, Any]) -> None:

@@ -5,7 +5,15 @@ import torch
 from fastai.torch_core import TensorImage
 from torchvision.transforms import v2
 
-from dgc_fastai.augment import Automatic, RandomCropFlip, RandomErasing, batch_augmentation, training_transform
+from dgc_fastai.augment import (
+    Automatic,
+    FileCropFlip,
+    RandomCropFlip,
+    RandomErasing,
+    batch_augmentation,
+    evaluation_transform,
+    training_transform,
+)
 from dgc_fastai.recipe import Data
 
 
@@ -80,7 +88,64 @@ def test_files_are_cropped_flipped_and_augmented_by_name():
         steps = training_transform(Data(name="folder", path=".", size=32, augment=list(names))).transforms
         return [type(step).__name__ for step in steps]
 
-    assert kinds("crop_flip") == ["RandomResizedCrop", "RandomHorizontalFlip"]
-    assert kinds("crop_flip", "rand_augment")[-1] == "RandAugment"
-    assert kinds("trivial_augment") == ["Compose", "TrivialAugmentWide"]  # the validation's, then that
+    assert kinds("crop_flip") == kinds("crop_flip", "random_erasing") == ["FileCropFlip"]
+    assert kinds("crop_flip", "rand_augment") == ["FileCropFlip", "ToPILImage", "RandAugment", "PILToTensor"]
+    # The validation's, then that.
+    assert kinds("trivial_augment") == ["Compose", "ToPILImage", "TrivialAugmentWide", "PILToTensor"]
     assert kinds() == ["Compose"]
+
+
+def picture(height=90, width=120):
+    """Smooth colours and a little noise, as in a photograph."""
+    torch.manual_seed(0)
+    rough = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8), (height, width), mode="bicubic")[0]
+    return v2.functional.to_pil_image((255 * rough + 5 * torch.randn(3, height, width)).clamp(0, 255).byte())
+
+
+def grey_levels(one, other):
+    """The largest and the mean absolute difference of two images in bytes."""
+    difference = (one.int() - other.int()).abs().float()
+    return difference.max(), difference.mean()
+
+
+@pytest.mark.parametrize("size", [32, 64, 160])
+def test_files_are_cropped_and_flipped_as_torchvision_does(size):
+    image, ours = picture(), training_transform(Data(name="folder", path=".", size=size))
+    theirs = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = ours(image)
+        torch.manual_seed(seed)
+        of_tensor = theirs(v2.functional.pil_to_tensor(image))
+        torch.manual_seed(seed)
+        of_pillow = v2.functional.pil_to_tensor(theirs(image))
+        assert found.dtype == torch.uint8 and found.shape == (3, size, size)
+        assert grey_levels(found, of_tensor)[0] <= 1  # the flip comes before the resize
+        # Pillow rounds between its two passes, and its weights to fewer digits.
+        most, mean = grey_levels(found, of_pillow)
+        assert most <= 2 and mean < 0.05
+        seen.add(tuple(found.flatten().tolist()))
+    assert len(seen) == 20
+
+
+def test_validation_is_pillow_s_to_two_grey_levels():
+    for shape in ((90, 120), (120, 90), (40, 33), (600, 700)):
+        image = picture(*shape)
+        expected = v2.functional.pil_to_tensor(v2.Compose([v2.Resize(73), v2.CenterCrop(64)])(image))
+        found = evaluation_transform(Data(name="folder", path=".", size=64))(image)
+        most, mean = grey_levels(found, expected)
+        assert found.shape == (3, 64, 64) and most <= 2 and mean < 0.05
+
+
+def test_crops_that_are_not_too_large_can_be_left_as_they_are():
+    image, sizes = picture(), set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        resized = FileCropFlip(40)(image)
+        torch.manual_seed(seed)
+        left = FileCropFlip(40, most=80)(image)
+        sizes.add(tuple(left.shape[1:]))
+        most = grey_levels(v2.functional.resize(left, [40, 40]), resized)[0]
+        assert most == 0 and max(left.shape[1:]) <= 80
+    assert len(sizes) > 10 and (40, 40) in sizes
