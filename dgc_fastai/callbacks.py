@@ -219,7 +219,7 @@ class NonFiniteLoss(Callback):
 
     def before_batch(self):
         if self.training and self.skip:
-            self.statistics = [(one, one.clone()) for one in self.model.buffers() if one.is_floating_point()]
+            self.buffers = [(one, one.clone()) for one in self.model.buffers()]
 
     def after_loss(self):
         if not (self.training and self.skip):
@@ -233,7 +233,7 @@ class NonFiniteLoss(Callback):
         if launch.is_first():
             logging.getLogger(__name__).warning("left out a batch: %s", problem)
         with torch.no_grad():
-            for one, before in self.statistics:
+            for one, before in self.buffers:
                 one.copy_(before)
         self.learn.yb = ()  # Recorder is to take nothing in
         raise CancelBatchException
