@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -250,10 +251,15 @@ def main() -> int:
     """Run the command line; a mistake of the user's is one line and exit code 2."""
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except CycloptsError as error:
         message = f"{error} Try app.py --help."
     except UserError as error:
         message = str(error)
+    except BrokenPipeError:  # nobody reads on
+        return 1
+    except OSError as error:  # from where the text goes, or from what other packages write
+        message = f"cannot go on: {error}"
     except Interrupted as stop:
         message, signal = stop.args
         errors.print(message, style="bold", highlight=False, markup=False, soft_wrap=True)
@@ -269,4 +275,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    with suppress(OSError):  # what could not be printed is not tried once more
+        sys.stdout.close()
+    sys.exit(code)

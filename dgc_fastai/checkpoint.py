@@ -29,7 +29,7 @@ def save_checkpoint(model: nn.Module, path: Union[str, Path], metadata: Optional
         metadata: kept in the file's header, beside the tensors.
 
     Raises:
-        OSError: the file cannot be written; one that was there stays as it was.
+        WriteError: the file cannot be written; one that was there stays as it was.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, safetensors.torch.save(state, metadata))
@@ -49,7 +49,13 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
         CheckpointError: the file is missing, damaged, not a checkpoint, or of another network. The model is
             then unchanged.
     """
-    state = _translate(_read(Path(path)))
+    path = Path(path)
+    state = _read(path)
+    try:
+        state = _translate(state)
+    except (IndexError, RuntimeError, TypeError) as error:  # heads that do not go together, names that are numbers
+        reason = str(error).split("\n")[0][:120]
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {reason}") from None
     _check_fit(model, state, path)
     model.load_state_dict(state)
     return model
@@ -112,7 +118,13 @@ def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Union[str, Path]) -> None:
+def _takes(tensor: Tensor, other: Tensor) -> bool:
+    """Whether the values of the other, of a file, can be copied: floats of any size are floats, and nothing else is."""
+    plain = other.layout == torch.strided and other.device.type == "cpu" and not other.is_quantized
+    return plain and other.is_floating_point() == tensor.is_floating_point() and not other.is_complex()
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     problems = []
     for kind, names in (
@@ -124,6 +136,14 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Union[str, Path
                 f"{name} {list(state[name].shape)} for {list(tensor.shape)}"
                 for name, tensor in expected.items()
                 if name in state and state[name].shape != tensor.shape
+            ],
+        ),
+        (
+            "of another type",
+            [
+                f"{name} {state[name].dtype}".replace("torch.", "")
+                for name, tensor in expected.items()
+                if name in state and not _takes(tensor, state[name])
             ],
         ),
     ):

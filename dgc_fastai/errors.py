@@ -1,10 +1,17 @@
 """A user's mistakes. Their message is one line: what is wrong, where, and what to do."""
 
-__all__ = ["CheckpointError", "Interrupted", "RecipeError", "UserError"]
+__all__ = ["CheckpointError", "Interrupted", "RecipeError", "UserError", "WriteError"]
 
 
 class UserError(ValueError):
     """A mistake that the user can mend; the command line answers it with its message and exit code 2."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._line = super().__str__()
+
+    def __str__(self):
+        return self._line  # fastai writes over the `args` of what a callback raises
 
 
 class RecipeError(UserError):
@@ -13,6 +20,10 @@ class RecipeError(UserError):
 
 class CheckpointError(UserError):
     """A file that is no checkpoint, is damaged, or belongs to another network."""
+
+
+class WriteError(UserError):
+    """A file that cannot be written, as where the disk is full; one that was there is as it was."""
 
 
 class Interrupted(Exception):

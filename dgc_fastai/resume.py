@@ -73,7 +73,10 @@ class Snapshots(Callback):
         self.done = state["batch"] if state else 0
         self.dls.train.set_epoch(self.seed, self.epoch, self.done)
         if state:
-            self._restore(state)
+            try:
+                self._restore(state)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise _unfit(self.path, f"it does not fit this run: {error}") from None
         elif self.epoch == 0:
             self._save(0, 0)
 
@@ -91,12 +94,15 @@ class Snapshots(Callback):
 
     def after_epoch(self):
         if self.epoch + 1 == self.n_epoch:
-            self.path.unlink()
             return
         self._save(self.epoch + 1, 0)
         if self.stop:
             self.stopped = f"after epoch {self.epoch + 1} of {self.n_epoch}"
             raise CancelFitException
+
+    def after_fit(self):
+        if len(self.record.rows) == self.n_epoch:
+            self.path.unlink()
 
     def _save(self, epoch: int, batch: int) -> None:
         loss, learn = self.recorder.smooth_loss, self.learn
@@ -159,11 +165,16 @@ def read_state(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common error for what can be wrong with a file
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path}: cannot go on from it: damaged or no state of a run ({reason})") from None
+        raise _unfit(path, f"damaged or no state of a run: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: cannot go on from it: not a state that this version wrote")
+        raise _unfit(path, "not a state that this version wrote")
     return state
+
+
+def _unfit(path: Path, reason: str) -> CheckpointError:
+    reason = " ".join(reason.split())[:150]
+    remedy = "move it away, and --resume takes the next older run, or starts one"
+    return CheckpointError(f"{path}: cannot go on from it: {reason}; {remedy}")
 
 
 def _random_state() -> dict:

@@ -17,7 +17,7 @@ from .budget import Budget
 from .checkpoint import save_checkpoint
 from .data import class_names
 from .display import TrainingDisplay, draw_curves
-from .errors import Interrupted, RecipeError
+from .errors import Interrupted, RecipeError, WriteError
 from .files import only_one, remove_partial, write_atomically, write_table
 from .learner import fit
 from .loggers import logging_callbacks
@@ -38,9 +38,12 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
         RecipeError: the run folder cannot be made, or a logger is not installed.
         CheckpointError: the state of the interrupted run cannot be read.
         Interrupted: SIGINT or SIGTERM came, and the run was saved.
+        WriteError: a file of the run, or of a logger, cannot be written. What was written before is whole, and the
+            run can go on from there.
     """
     state = read_state(folder / "state.pt") if folder else None
     folder = folder or new_run_folder(recipe)
+    resume = f"python app.py {folder / 'recipe.yaml'} --resume"
     with _alone(folder):
         remove_partial(folder)
         record = RunFolder(folder, recipe, cost)
@@ -52,10 +55,13 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
             try:
                 with snapshots.on_signals():
                     fit(learn, recipe, snapshots.first_epoch)
+            except WriteError as error:
+                raise WriteError(f"{error}, then go on: {resume}") from None
+            except OSError as error:  # from where loggers write, and from where the terminal's text goes
+                raise WriteError(f"{error}; mend that, then go on: {resume}") from None
             finally:
                 display.close()
     if snapshots.stopped:
-        resume = f"python app.py {folder / 'recipe.yaml'} --resume"
         raise Interrupted(f"interrupted {snapshots.stopped}, and saved; to go on: {resume}", snapshots.stop)
     return folder
 
@@ -82,12 +88,16 @@ def new_run_folder(recipe: Recipe) -> Path:
         folder = recipe.runs / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:
             folder.mkdir(parents=True)
-            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-            return folder
         except FileExistsError:  # of a run that started in the same second
             continue
         except OSError as error:
             raise RecipeError(f"output: cannot make the run folder {folder}: {error.strerror}") from None
+        try:
+            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+        except WriteError:
+            folder.rmdir()
+            raise
+        return folder
 
 
 def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:

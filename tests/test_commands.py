@@ -68,9 +68,11 @@ def test_a_copy_is_a_recipe_of_one_s_own(app, tmp_path):  # noqa: F811
     for name in ("42.yaml", "true.yaml", "-x y.yaml"):
         app("copy", QUICKSTART, f"./{name}", cwd=tmp_path)
         load_recipe(tmp_path / name)
-    for name, message in (("x.txt", "ends in .yaml"), ("nowhere/x.yaml", "cannot write the copy")):
+    for name, message in (("x.txt", "ends in .yaml"), ("nowhere/x.yaml", "cannot write nowhere/x.yaml: No such file")):
         assert message in app("copy", QUICKSTART, name, cwd=tmp_path, expect=2)
     assert "cannot read the recipe" in app("copy", "nothing.yaml", cwd=tmp_path, expect=2)
+    (tmp_path / "link.yaml").symlink_to("nowhere.yaml")
+    assert "there is a file of that name already" in app("copy", QUICKSTART, "link.yaml", cwd=tmp_path, expect=2)
 
 
 def test_predictions_are_the_network_s(app, trained):  # noqa: F811
