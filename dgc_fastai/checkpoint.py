@@ -5,6 +5,7 @@ Nothing here executes code from a file: safetensors cannot hold any, and PyTorch
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -70,10 +71,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if head[8:9] == b"{":  # a safetensors file: eight bytes of length, then a JSON header
             return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it finds odd about a file that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each parser has errors of its own; whichever it was, the file is no good
         reason = "it holds more than weights" if "Unsupported" in str(error) else "damaged or not a checkpoint"
-        detail = str(error).strip().split("\n")[0][:120]
+        lines = str(error).strip().split("\n")
+        detail = next((line for line in lines if "Unsupported" in line), lines[0]).strip()[:120]
         raise CheckpointError(f"{path}: cannot read the checkpoint: {reason} ({detail})") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):

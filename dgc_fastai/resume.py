@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +164,10 @@ def read_state(path: Path) -> dict:
         CheckpointError: the file is missing, damaged, or of another version.
     """
     try:
+        with zipfile.ZipFile(path) as file:
+            wrong = file.testzip()  # torch does not compare the checksums that it writes
+        if wrong:
+            raise ValueError(f"{wrong} is not what was written")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common error for what can be wrong with a file
         raise _unfit(path, f"damaged or no state of a run: {error}") from None
