@@ -110,7 +110,7 @@ def test_mistakes_in_predict(app, trained, tmp_path):  # noqa: F811
     (tmp_path / "text.png").write_text("no image")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     tampered = tmp_path / "tampered.safetensors"
-    save_file(load_file(weights), tampered, {"recipe": "name: [", "classes": "[]"})
+    save_file(load_file(weights), tampered, {"recipe": "name: [", "classes": '["a"]'})
     for arguments, message in [
         ((weights, "nowhere.png"), "nowhere.png: cannot read the image: No such file"),
         ((weights, tmp_path / "text.png"), "text.png: cannot read the image: cannot identify"),
