@@ -2,6 +2,7 @@
 
 import ast
 import gzip
+import io
 import pickle
 import shutil
 import sys
@@ -208,6 +209,12 @@ def test_cifar_s_pickles_execute_nothing(tmp_path, make):
             readers.small_set(Data(name="cifar10", path=str(tmp_path)))
         assert str(file) in str(error.value) and "\n" not in str(error.value)
         assert not target.exists()
+
+
+def test_cifar_s_pickles_call_nothing_but_stand_ins():
+    assert {value.__module__ for value in readers._ArraysOnly._allowed.values()} == {"dgc_fastai.readers"}
+    with pytest.raises(pickle.UnpicklingError, match="it names the encoding 'zlib_codec'"):
+        readers._ArraysOnly(io.BytesIO(pickle.dumps(Call(ENCODE, "x", "zlib_codec")))).load()
 
 
 def test_cifar_s_pickles_of_any_protocol_are_read(tmp_path):
