@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -274,12 +275,17 @@ def main() -> int:
         if launch.processes() > 1 and command not in (train, evaluate):
             raise UserError(f"{command.__name__} takes one process, and {launch.processes()} were started")
         command(*arguments.args, **arguments.kwargs)
+        sys.stdout.flush()
     except CycloptsError as error:
         code, message = 2, f"{error} Try app.py --help."
     except UserError as error:
         code, message = 2, str(error)
     except LostProcess as error:
         code, message = 1, str(error)
+    except BrokenPipeError:  # nobody reads on
+        return 1
+    except OSError as error:  # from where the text goes, or from what other packages write
+        code, message = 2, f"cannot go on: {error}"
     except Interrupted as stop:
         message, signal = stop.args
         if launch.is_first():
@@ -303,4 +309,7 @@ def _speaks() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    with suppress(OSError):  # what could not be printed is not tried once more
+        sys.stdout.close()
+    sys.exit(code)

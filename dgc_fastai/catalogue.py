@@ -1,5 +1,6 @@
 """The recipes that lie in a folder: what each is for, and copies to edit."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,12 +41,13 @@ def copy_recipe(source: Path, target: Optional[Path]) -> Path:
 
     Raises:
         RecipeError: the source is no recipe, or something is in the way.
+        WriteError: the copy cannot be written.
     """
     old = load_recipe(source).name
     target = target or Path(f"my_{source.name}")
     if target.suffix != ".yaml":
         raise RecipeError(f"{target}: give the copy a name that ends in .yaml")
-    if target.exists():
+    if os.path.lexists(target):  # a link to nowhere is somebody's, too
         raise RecipeError(f"{target}: there is a file of that name already; name another: copy {source} NAME.yaml")
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", target.stem).lstrip("_.-") or "recipe"
     text = source.read_text()
@@ -54,8 +56,5 @@ def copy_recipe(source: Path, target: Optional[Path]) -> Path:
     text = re.sub(
         rf"^name:\s*['\"]?{re.escape(old)}['\"]?", f"name: {yaml.safe_dump(name).split(chr(10))[0]}", text, flags=re.M
     )
-    try:
-        write_atomically(target, text)
-    except OSError as error:
-        raise RecipeError(f"{target}: cannot write the copy: {error.strerror}") from None
+    write_atomically(target, text)
     return target

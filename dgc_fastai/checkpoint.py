@@ -5,6 +5,7 @@ Nothing here executes code from a file: safetensors cannot hold any, and PyTorch
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -29,7 +30,7 @@ def save_checkpoint(model: nn.Module, path: Union[str, Path], metadata: Optional
         metadata: kept in the file's header, beside the tensors.
 
     Raises:
-        OSError: the file cannot be written; one that was there stays as it was.
+        WriteError: the file cannot be written; one that was there stays as it was.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, safetensors.torch.save(state, metadata))
@@ -49,7 +50,13 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
         CheckpointError: the file is missing, damaged, not a checkpoint, or of another network. The model is
             then unchanged.
     """
-    state = _translate(_read(Path(path)))
+    path = Path(path)
+    state = _read(path)
+    try:
+        state = _translate(state)
+    except (IndexError, RuntimeError, TypeError) as error:  # heads that do not go together, names that are numbers
+        reason = str(error).split("\n")[0][:120]
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {reason}") from None
     _check_fit(model, state, path)
     model.load_state_dict(state)
     return model
@@ -64,10 +71,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if head[8:9] == b"{":  # a safetensors file: eight bytes of length, then a JSON header
             return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it finds odd about a file that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each parser has errors of its own; whichever it was, the file is no good
         reason = "it holds more than weights" if "Unsupported" in str(error) else "damaged or not a checkpoint"
-        detail = str(error).strip().split("\n")[0][:120]
+        lines = str(error).strip().split("\n")
+        detail = next((line for line in lines if "Unsupported" in line), lines[0]).strip()[:120]
         raise CheckpointError(f"{path}: cannot read the checkpoint: {reason} ({detail})") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -112,7 +122,13 @@ def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Union[str, Path]) -> None:
+def _takes(tensor: Tensor, other: Tensor) -> bool:
+    """Whether the values of the other, of a file, can be copied: floats of any size are floats, and nothing else is."""
+    plain = other.layout == torch.strided and other.device.type == "cpu" and not other.is_quantized
+    return plain and other.is_floating_point() == tensor.is_floating_point() and not other.is_complex()
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     expected = model.state_dict()
     problems = []
     for kind, names in (
@@ -124,6 +140,14 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Union[str, Path
                 f"{name} {list(state[name].shape)} for {list(tensor.shape)}"
                 for name, tensor in expected.items()
                 if name in state and state[name].shape != tensor.shape
+            ],
+        ),
+        (
+            "of another type",
+            [
+                f"{name} {state[name].dtype}".replace("torch.", "")
+                for name, tensor in expected.items()
+                if name in state and not _takes(tensor, state[name])
             ],
         ),
     ):

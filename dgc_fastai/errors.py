@@ -1,10 +1,25 @@
 """A user's mistakes. Their message is one line: what is wrong, where, and what to do."""
 
-__all__ = ["CheckpointError", "Interrupted", "LostProcess", "RecipeError", "TrainingError", "UserError"]
+__all__ = [
+    "CheckpointError",
+    "Interrupted",
+    "LostProcess",
+    "RecipeError",
+    "TrainingError",
+    "UserError",
+    "WriteError",
+]
 
 
 class UserError(ValueError):
     """A mistake that the user can mend; the command line answers it with its message and exit code 2."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._line = super().__str__()
+
+    def __str__(self):
+        return self._line  # fastai writes over the `args` of what a callback raises
 
 
 class RecipeError(UserError):
@@ -17,6 +32,10 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """A training that has gone wrong, such as one whose loss is no number any more."""
+
+
+class WriteError(UserError):
+    """A file that cannot be written, as where the disk is full; one that was there is as it was."""
 
 
 class LostProcess(Exception):

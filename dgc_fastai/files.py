@@ -1,6 +1,7 @@
 """Files that several processes may come by: written so that a reader never finds half of one, and locked."""
 
 import csv
+import errno
 import io
 import os
 import tempfile
@@ -8,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Union
+
+from .errors import WriteError
 
 try:
     import fcntl
@@ -20,11 +23,20 @@ __all__ = ["only_one", "remove_partial", "write_atomically", "write_table"]
 def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None:
     """Replace the file at `path`, or create it, in one step that a crash cannot split.
 
+    A link at `path` is itself replaced; what it points to stays as it is.
+
     Raises:
-        OSError: the folder is missing or not writable, or the disk is full; `path` is then as it was.
+        WriteError: the folder is missing or not writable, or the disk is full; `path` is then as it was.
     """
-    path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    try:
+        _write(Path(path), content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else "see that it can be written there"
+        raise WriteError(f"cannot write {path}: {error.strerror or error}; {remedy}") from None
+
+
+def _write(path: Path, data: bytes) -> None:
     # In the same folder: a rename is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:

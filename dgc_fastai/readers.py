@@ -1,7 +1,8 @@
 """The files of the small sets -> images [N, C, H, W] in bytes and labels [N], twice: training and validation."""
 
-import codecs
 import gzip
+import io
+import math
 import pickle
 import zlib
 from pathlib import Path
@@ -20,6 +21,7 @@ __all__ = ["small_set", "small_set_classes"]
 
 Split = tuple[Tensor, Tensor]
 
+MOST_BYTES = 2**30  # that a packed file may unpack to
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
@@ -81,12 +83,12 @@ def _idx_file(path: Path, axes: int) -> Tensor:
     content = _read(path, lambda file: file.read())
     if path.suffix == ".gz":
         try:
-            content = gzip.decompress(content)
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_BYTES)
         except (OSError, EOFError, zlib.error) as error:
             raise RecipeError(f"data.path: {path} is damaged: {error}") from None
     head = 4 + 4 * axes
     shape = np.frombuffer(content[4:head], ">u4").tolist() if len(content) >= head else [-1]
-    if content[:4] != bytes([0, 0, 8, axes]) or len(content) != head + int(np.prod(shape)):
+    if content[:4] != bytes([0, 0, 8, axes]) or len(content) != head + math.prod(shape):
         raise RecipeError(f"data.path: {path} is damaged: it is no idx file of {axes} axes in bytes")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=head).reshape(shape).copy())
 
@@ -94,15 +96,40 @@ def _idx_file(path: Path, axes: int) -> Tensor:
 # CIFAR's files --------------------------------------------------------------------------------------------
 
 
+class _Array:
+    """Stands for numpy's arrays and their types while they are read: numpy's own believe a file's word for what is a
+    pointer."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def bytes(self) -> np.ndarray:
+        """The array, of bytes."""
+        _, shape, kind, by_columns, content = self.state
+        if kind.arguments[0] != "u1":
+            raise ValueError(f"not bytes, but {kind.arguments[0]}")
+        content = content.encode("latin1") if isinstance(content, str) else content  # of Python 2
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it names the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
 class _ArraysOnly(pickle.Unpickler):
-    """Reads what CIFAR's pickles hold, dictionaries of numpy arrays, and refuses to run anything else."""
+    """Reads what CIFAR's pickles hold, dictionaries of arrays, and refuses to run anything else."""
 
     _allowed = {
-        "numpy.core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
-        "numpy._core.multiarray._reconstruct": np.empty(0).__reduce__()[0],
-        "numpy.ndarray": np.ndarray,
-        "numpy.dtype": np.dtype,
-        "_codecs.encode": codecs.encode,
+        "numpy.core.multiarray._reconstruct": _Array,
+        "numpy._core.multiarray._reconstruct": _Array,
+        "numpy.ndarray": _Array,
+        "numpy.dtype": _Array,
+        "_codecs.encode": _encode,
     }
 
     def find_class(self, module, name):
@@ -143,10 +170,11 @@ def _cifar_file(path: Path, key: str) -> tuple[Tensor, Tensor]:
     else:
         content = _read(path, lambda file: _ArraysOnly(file, encoding="latin1").load())
         try:
-            images, labels = content["data"].reshape(-1, 3072), np.asarray(content[key])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            images = content["data"].bytes().reshape(-1, 3072)
+            labels = np.asarray(content[key]).astype(np.int64, casting="safe")
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise RecipeError(f"data.path: {path} does not hold CIFAR's images and labels ({error})") from None
-        if len(images) != len(labels) or images.dtype != np.uint8:
+        if labels.shape != (len(images),):
             raise RecipeError(f"data.path: {path} does not hold CIFAR's images and labels")
     images = torch.from_numpy(images.copy()).view(-1, 3, 32, 32)
     return images, torch.from_numpy(labels.astype(np.int64))

@@ -5,6 +5,7 @@ import random
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,10 @@ class Snapshots(Callback):
         self.done = state["batch"] if state else 0
         self.dls.train.set_epoch(self.seed, self.epoch, self.done)
         if state:
-            self._restore(state)
+            try:
+                self._restore(state)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise _unfit(self.path, f"it does not fit this run: {error}") from None
         elif self.epoch == 0:
             self._save(0, 0)
 
@@ -95,13 +99,15 @@ class Snapshots(Callback):
 
     def after_epoch(self):
         if self.epoch + 1 == self.n_epoch:
-            if launch.is_first():
-                self.path.unlink()
             return
         self._save(self.epoch + 1, 0)
         if self._is_to_stop():
             self.stopped = f"after epoch {self.epoch + 1} of {self.n_epoch}"
             raise CancelFitException
+
+    def after_fit(self):
+        if launch.is_first() and len(self.record.rows) == self.n_epoch:
+            self.path.unlink()
 
     def _is_to_stop(self) -> bool:
         self.stop = largest(self.stop or 0) or None  # all processes at the same batch, whichever was asked
@@ -170,12 +176,18 @@ def read_state(path: Path) -> dict:
         CheckpointError: the file is missing, damaged, or of another version.
     """
     try:
-        state = _from_bytes(from_first(path.read_bytes() if launch.is_first() else None))
+        content = None
+        if launch.is_first():
+            content = path.read_bytes()
+            with zipfile.ZipFile(io.BytesIO(content)) as file:
+                wrong = file.testzip()  # torch does not compare the checksums that it writes
+            if wrong:
+                raise ValueError(f"{wrong} is not what was written")
+        state = _from_bytes(from_first(content))
     except Exception as error:  # torch has no common error for what can be wrong with a file
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path}: cannot go on from it: damaged or no state of a run ({reason})") from None
+        raise _unfit(path, f"damaged or no state of a run: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: cannot go on from it: not a state that this version wrote")
+        raise _unfit(path, "not a state that this version wrote")
     return state
 
 
@@ -187,6 +199,12 @@ def _to_bytes(state: dict) -> bytes:
 
 def _from_bytes(content: bytes) -> dict:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _unfit(path: Path, reason: str) -> CheckpointError:
+    reason = " ".join(reason.split())[:150]
+    remedy = "move it away, and --resume takes the next older run, or starts one"
+    return CheckpointError(f"{path}: cannot go on from it: {reason}; {remedy}")
 
 
 def _random_state() -> dict:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ from .checkpoint import save_checkpoint
 from .data import class_names
 from .display import TrainingDisplay, draw_curves
 from .distributed import from_first, largest, lost_processes_named
-from .errors import Interrupted, LostProcess, RecipeError, TrainingError
+from .errors import Interrupted, LostProcess, RecipeError, TrainingError, WriteError
 from .files import only_one, remove_partial, write_atomically, write_table
 from .learner import fit
 from .loggers import logging_callbacks
@@ -48,6 +49,8 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
         TrainingError: the loss is not finite any more.
         Interrupted: SIGINT or SIGTERM came, and the run was saved.
         LostProcess: another process that trains with this one, or one that reads its images, has died.
+        WriteError: a file of the run, or of a logger, cannot be written. What was written before is whole, and the
+            run can go on from there.
     """
     stage = largest(_stage(folder, recipe) if folder and launch.is_first() else NEW)
     if stage == COMPLETE:  # by the time that another process died
@@ -73,6 +76,10 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
             except LostProcess as error:
                 next_step = "all are started again" if launch.will_restart() else f"to go on: {resume}"
                 raise LostProcess(f"{error}; the run is saved up to its last epoch; {next_step}") from None
+            except WriteError as error:
+                raise WriteError(f"{error}, then go on: {resume}") from None
+            except OSError as error:  # from where loggers write, and from where the terminal's text goes
+                raise WriteError(f"{error}; mend that, then go on: {resume}") from None
             finally:
                 display.close()
     if snapshots.stopped:
@@ -147,14 +154,18 @@ def new_run_folder(recipe: Recipe) -> Path:
         folder = recipe.runs / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:
             folder.mkdir(parents=True)
-            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-            if launch.launch_name():
-                write_atomically(folder / LAUNCH, launch.launch_name() + "\n")
-            return folder
         except FileExistsError:  # of a run that started in the same second
             continue
         except OSError as error:
             raise RecipeError(f"output: cannot make the run folder {folder}: {error.strerror}") from None
+        try:
+            write_atomically(folder / "recipe.yaml", recipe.to_yaml())
+            if launch.launch_name():
+                write_atomically(folder / LAUNCH, launch.launch_name() + "\n")
+        except WriteError:
+            shutil.rmtree(folder)
+            raise
+        return folder
 
 
 def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:

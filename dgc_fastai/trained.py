@@ -46,8 +46,11 @@ def load_trained(path: Path) -> Trained:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         classes, text = json.loads(metadata["classes"]), metadata["recipe"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "not the weights of a run of app.py"
+        if not classes or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("classes")
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        reason = "no such file" if missing else "not the weights of a run of app.py, or damaged"
         raise CheckpointError(f"{path}: cannot tell its network: {reason}") from None
     recipe = parse_recipe(text, str(path))
     model = load_checkpoint(build_model(recipe, len(classes)), path)

@@ -1,7 +1,10 @@
 """Weights in and out: the reference's files, ours, and files that are neither."""
 
+import json
 import os
 import pickle
+import random
+import struct
 
 import pytest
 import timm
@@ -9,6 +12,7 @@ import torch
 from golden import DATA, close, equal_states, group, make_state, read, read_json, tiny_densenet
 
 from dgc_fastai import CheckpointError, load_checkpoint, save_checkpoint, set_progress
+from dgc_fastai.errors import WriteError
 from dgc_fastai.files import write_atomically
 
 PUBLISHED = {
@@ -134,7 +138,8 @@ def test_files_cut_short_anywhere_are_refused(kind, tmp_path):
     else:
         torch.save(tiny_densenet().state_dict(), whole, _use_new_zipfile_serialization=kind == "zip")
     content = whole.read_bytes()
-    for length in (0, 1, 8, 9, 100, len(content) // 2, len(content) - 1):
+    chance = random.Random(0)
+    for length in (0, 1, 8, 9, 100, len(content) - 1, *(chance.randrange(len(content)) for _ in range(50))):
         (tmp_path / "cut").write_bytes(content[:length])
         assert "cannot read the checkpoint" in refused(tmp_path / "cut")
 
@@ -150,6 +155,78 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
         assert "no state_dict" in refused(tmp_path / name)
     assert "No such file" in refused(tmp_path / "nowhere")
     assert "directory" in refused(tmp_path)
+
+
+def other_byte(chance, content, end):
+    """The content with one of its first bytes replaced by another."""
+    place = chance.randrange(end)
+    return content[:place] + bytes([content[place] ^ chance.randrange(1, 256)]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_one_wrong_byte_in_the_header_is_told_or_harmless(kind, tmp_path):
+    whole, model, before = tmp_path / "whole", tiny_densenet(), tiny_densenet().state_dict()
+    if kind == "safetensors":
+        save_checkpoint(tiny_densenet(), whole)
+        end = 8 + struct.unpack("<Q", whole.read_bytes()[:8])[0]
+    else:
+        torch.save(tiny_densenet().state_dict(), whole, _use_new_zipfile_serialization=kind == "zip")
+        end = 2000
+    chance, told = random.Random(0), 0
+    model.load_state_dict(before)
+    for _ in range(50):
+        (tmp_path / "wrong").write_bytes(other_byte(chance, whole.read_bytes(), end))
+        try:
+            load_checkpoint(model, tmp_path / "wrong")
+            assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+        except CheckpointError as error:
+            assert str(error).startswith(f"{tmp_path / 'wrong'}: ") and "\n" not in str(error)
+            assert equal_states(model.state_dict(), before)
+            told += 1
+        model.load_state_dict(before)
+    assert told > 25
+
+
+def test_headers_of_safetensors_that_cannot_be(tmp_path):
+    good = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    for header in (
+        b"{", b"{}", b"{]", b"{" * 5000, b'{"x": NaN}', b'{"x": 3}', b'{"x": {"dtype": "F32"}}',
+        b'{"__metadata__": {"a": 3}}', b'{"x": %s, "x": %s}' % (2 * (json.dumps(good).encode(),)),
+        *(json.dumps({"x": {**good, **change}}).encode() for change in (
+            {"data_offsets": [0, 8]}, {"data_offsets": [4, 0]}, {"data_offsets": [-4, 0]}, {"data_offsets": [0, 2**63]},
+            {"shape": [2**62, 4]}, {"shape": [-1]}, {"shape": [0.5]}, {"dtype": "F33"},
+        )),
+    ):  # fmt: skip
+        (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+        refused(tmp_path / "x")
+    for length in (0, 2**31, 2**60, 2**64 - 1):  # nobody reserves so much memory for a header
+        (tmp_path / "x").write_bytes(struct.pack("<Q", length) + b'{"x": ')
+        assert "cannot read the checkpoint" in refused(tmp_path / "x")
+
+
+def test_tensors_that_are_no_weights_are_refused(tmp_path):
+    for wrong in (
+        lambda weight: weight.to(torch.int32), lambda weight: weight.to(torch.complex64),
+        lambda weight: weight.to_sparse(), lambda weight: weight.to("meta"),
+    ):  # fmt: skip
+        state = tiny_densenet().state_dict()
+        state["stages.1.layers.0.conv1.weight"] = wrong(state["stages.1.layers.0.conv1.weight"])
+        torch.save(state, tmp_path / "x.pth")
+        assert "1 of another type (stages.1.layers.0.conv1.weight " in refused(tmp_path / "x.pth")
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    half["stages.1.layers.0.conv1.weight"] = tiny_densenet().state_dict()["stages.1.layers.0.conv1.weight"].double()
+    torch.save(half, tmp_path / "half.pth")
+    load_checkpoint(tiny_densenet(), tmp_path / "half.pth")
+    # The authors' heads, of which one has another shape, or none; names that are none.
+    name = "features.denseblock_1.denselayer_1.conv_1.headconv_{}.conv.weight"
+    for state in (
+        {name.format(0): torch.ones(2, 3, 1, 1), name.format(1): torch.ones(2, 4, 1, 1)},
+        {name.format(0): torch.tensor(1.0)},
+        {"a._inactive_channels": torch.ones(3)},
+        {3: torch.ones(3)},
+    ):
+        torch.save({"state_dict": state}, tmp_path / "x.pth")
+        assert "does not fit DGCDenseNet" in refused(tmp_path / "x.pth")
 
 
 class Attack:
@@ -176,7 +253,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match="No space"):
         save_checkpoint(tiny_densenet(), path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
 

@@ -68,9 +68,11 @@ def test_a_copy_is_a_recipe_of_one_s_own(app, tmp_path):  # noqa: F811
     for name in ("42.yaml", "true.yaml", "-x y.yaml"):
         app("copy", QUICKSTART, f"./{name}", cwd=tmp_path)
         load_recipe(tmp_path / name)
-    for name, message in (("x.txt", "ends in .yaml"), ("nowhere/x.yaml", "cannot write the copy")):
+    for name, message in (("x.txt", "ends in .yaml"), ("nowhere/x.yaml", "cannot write nowhere/x.yaml: No such file")):
         assert message in app("copy", QUICKSTART, name, cwd=tmp_path, expect=2)
     assert "cannot read the recipe" in app("copy", "nothing.yaml", cwd=tmp_path, expect=2)
+    (tmp_path / "link.yaml").symlink_to("nowhere.yaml")
+    assert "there is a file of that name already" in app("copy", QUICKSTART, "link.yaml", cwd=tmp_path, expect=2)
 
 
 def test_predictions_are_the_network_s(app, trained):  # noqa: F811
@@ -108,7 +110,7 @@ def test_mistakes_in_predict(app, trained, tmp_path):  # noqa: F811
     (tmp_path / "text.png").write_text("no image")
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     tampered = tmp_path / "tampered.safetensors"
-    save_file(load_file(weights), tampered, {"recipe": "name: [", "classes": "[]"})
+    save_file(load_file(weights), tampered, {"recipe": "name: [", "classes": '["a"]'})
     for arguments, message in [
         ((weights, "nowhere.png"), "nowhere.png: cannot read the image: No such file"),
         ((weights, tmp_path / "text.png"), "text.png: cannot read the image: cannot identify"),

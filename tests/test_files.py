@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from dgc_fastai.errors import WriteError
 from dgc_fastai.files import only_one, remove_partial, write_atomically
 
 
@@ -37,9 +38,26 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match=f"^cannot write {path}: No space left on device; free some space$"):
         write_atomically(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("place", ["nowhere/file", "folder"])
+def test_where_nothing_can_be_written(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError, match=f"^cannot write {tmp_path / place}: .*; see that it can be written there$"):
+        write_atomically(tmp_path / place, "new")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("target", ["other", "nowhere"])
+def test_a_link_is_replaced_and_not_what_it_points_to(tmp_path, target):
+    (tmp_path / "other").write_text("other")
+    (tmp_path / "link").symlink_to(target)
+    write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").read_text() == "new" and not (tmp_path / "link").is_symlink()
+    assert (tmp_path / "other").read_text() == "other" and len(os.listdir(tmp_path)) == 2
 
 
 def test_a_file_is_as_readable_as_any_other(tmp_path):
