@@ -8,6 +8,8 @@ each process normalises by its own part, as is usual. In a single process, every
 import json
 import logging
 import random
+import secrets
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,12 +51,35 @@ def join(device: torch.device) -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, count = next(dist.rendezvous("env://", timeout=PATIENCE))
-    # The launcher's store can outlive processes that it starts again, with the addresses of those that have died.
-    _store = dist.PrefixStore(f"attempt {launch.restarts()}", store)
+    _store = _fresh(store, rank, count)
     dist.init_process_group(backend, timeout=PATIENCE, store=_store, rank=rank, world_size=count)
     if not launch.is_first():  # one of them is enough to say what concerns all
         warnings.simplefilter("ignore")
         logging.getLogger("dgc_fastai.ops").setLevel(logging.ERROR)
+
+
+def _fresh(store: dist.Store, rank: int, count: int) -> dist.Store:
+    """The part of a store that only these processes know of.
+
+    A launcher's store outlives the processes that it starts again, with the addresses of those that have died; and how
+    often it has started them, the launchers of several machines may count differently. So the first process names a
+    part of the store, and tells each of the others that it has seen it there: what an earlier one has told does not
+    hold for them.
+    """
+    if rank == 0:
+        name = secrets.token_hex(8)
+        store.set("part", name)
+        others = [store.get(f"{name}/{other}").decode() for other in range(1, count)]
+        store.set(f"{name}/seen", " ".join(others))
+        return dist.PrefixStore(name, store)
+    own, until = secrets.token_hex(8), time.monotonic() + PATIENCE.total_seconds()
+    while time.monotonic() < until:
+        name = store.get("part").decode()
+        store.set(f"{name}/{rank}", own)
+        if store.check([f"{name}/seen"]) and own in store.get(f"{name}/seen").decode().split():
+            return dist.PrefixStore(name, store)
+        time.sleep(0.05)
+    raise LostProcess("the first process of this run has not come")
 
 
 def leave() -> None:

@@ -94,12 +94,13 @@ def run_to_go_on_with(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str
     processes again, because one had died, it is the one that they had begun, wherever that run has come to.
     """
     folder, found = None, ""
+    restarted = largest(launch.restarts())  # each machine's launcher counts for itself
     if launch.is_first():
-        if launch.restarts() and launch.launch_name():
+        if restarted and launch.launch_name():
             names = {path.parent: path.read_text().strip() for path in recipe.runs.glob(f"*/{LAUNCH}")}
             folder = next((folder for folder, name in names.items() if name == launch.launch_name()), None)
             found = f"A process has died, and all were started again: going on with {folder}." if folder else ""
-        elif resume or launch.restarts():
+        elif resume or restarted:
             folder, found = interrupted_run(recipe)
     return _agreed(folder), found
 

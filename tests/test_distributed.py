@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from dgc_fastai.run import train
 
 ROOT = Path(__file__).parents[1]
 TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]  # and how many
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -120,9 +121,9 @@ def test_a_loss_that_is_no_number_in_one_of_two_processes(tmp_path):
 class Launch:
     """app.py under torchrun, its output in a file."""
 
-    def __init__(self, folder, *options, restarts=0):
-        self.log = folder / "log"
-        command = [*TORCHRUN, "2", "--max-restarts", str(restarts), ROOT / "app.py", "recipes/quickstart.yaml"]
+    def __init__(self, folder, *options, restarts=0, torchrun=(*TORCHRUN, "2"), name="log"):
+        self.log = folder / name
+        command = [*torchrun, "--max-restarts", str(restarts), ROOT / "app.py", "recipes/quickstart.yaml"]
         with open(self.log, "w") as log:
             arguments = [*command, *TINY, f"output={folder}", *options]
             self.process = subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=log)
@@ -150,9 +151,35 @@ def test_a_killed_process_leads_to_a_resumed_run(tmp_path, moment):
     log = launch.log.read_text()
     assert log.count("The run is in") == 1 and "Traceback" not in log
     assert log.count("A process has died, and all were started again") == 1
-    (history,) = tmp_path.glob("*/history.csv")
-    assert [int(row["epoch"]) for row in csv.DictReader(open(history))] == list(range(1, 13))
-    assert not list(tmp_path.glob("*/state.pt")) and not list(tmp_path.glob("*/.*.partial"))
+    assert_complete(tmp_path, epochs=12)
+
+
+def assert_complete(folder, epochs):
+    (history,) = folder.glob("*/history.csv")
+    assert [int(row["epoch"]) for row in csv.DictReader(open(history))] == list(range(1, epochs + 1))
+    assert not list(folder.glob("*/state.pt")) and not list(folder.glob("*/.*.partial"))
+
+
+def test_two_launchers_as_on_two_machines(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    where = "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "run"
+    torchrun = [*TORCHRUN[:3], "--nnodes", "2", "--nproc_per_node", "1", *where]
+    first, second = (
+        Launch(tmp_path, "train.epochs=8", restarts=2, torchrun=torchrun, name=name) for name in ("log1", "log2")
+    )
+    until = time.monotonic() + 120
+    while "top-1" not in first.log.read_text() + second.log.read_text():
+        assert time.monotonic() < until, first.log.read_text() + second.log.read_text()
+        time.sleep(0.02)
+    os.kill(
+        second.workers()[0], signal.SIGKILL
+    )  # which of the two launchers counts this as a restart is its own affair
+    assert (first.process.wait(timeout=200), second.process.wait(timeout=30)) == (0, 0), first.log.read_text()
+    log = first.log.read_text() + second.log.read_text()
+    assert log.count("The run is in") == 1 and log.count("all were started again") >= 1
+    assert_complete(tmp_path, epochs=8)
 
 
 def test_a_dead_process_ends_all_with_one_message(tmp_path):
