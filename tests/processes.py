@@ -1,9 +1,10 @@
 """What each of the processes of test_distributed does: trains a recipe, or validates, and keeps what came of it.
 
-Usage: python processes.py FOLDER WHAT [key=value ...], where WHAT is one of `WHAT` below.
+Usage: python processes.py FOLDER SCENARIOS, as `main` tells.
 """
 
 import io
+import json
 import math
 import signal
 import sys
@@ -135,9 +136,11 @@ WHAT = {
 }
 
 
-def main(folder: str, what: str, *overrides: str) -> None:
-    result = WHAT[what](load_recipe(QUICKSTART, overrides))
-    torch.save(result, Path(folder) / f"{processes()}-{rank()}.pt")
+def main(folder: str, scenarios: str) -> None:
+    """Go through scenarios, as JSON a list of [name, what, overrides]; what comes of each is in a file of its name."""
+    for name, what, overrides in json.loads(scenarios):
+        result = WHAT[what](load_recipe(QUICKSTART, overrides))
+        torch.save(result, Path(folder) / f"{name}-{processes()}-{rank()}.pt")
     leave()
 
 

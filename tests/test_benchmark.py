@@ -451,7 +451,7 @@ def test_what_is_measured_before_an_interrupt_is_kept(monkeypatch, tmp_path):
         (["output=file"], "output: cannot make the folder file/benchmark-quickstart-"),
         (["model.heads=3"], "model: heads=3 does not divide"),
         (["train.optimizer=sdg"], "train.optimizer: timm has no 'sdg'; did you mean 'sgd'?"),
-        (["train.precision=bf16"], "train.precision: bf16 needs a CUDA device"),
+        (["train.precision=fp16"], "train.precision: fp16 needs a CUDA device"),
         (["train.compile=true"], "train.compile: torch.compile needs a C++ compiler, and there is no no-compiler"),
         ([], "--compile: torch.compile needs a C++ compiler, and there is no no-compiler"),
         (["train.epoch=3"], "did you mean 'epochs'"),

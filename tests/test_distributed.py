@@ -1,7 +1,9 @@
 """Several processes do what one does, and survive what happens to one of them."""
 
 import csv
+import fcntl
 import io
+import json
 import os
 import random
 import re
@@ -28,29 +30,59 @@ from dgc_fastai.run import train
 ROOT = Path(__file__).parents[1]
 TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]  # and how many
+EPOCHS = 60  # more than can be trained before the last kill
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def several(count, folder, what, *overrides):
-    """What each of so many processes keeps; a single one is this one."""
-    if count == 1:
-        processes.main(folder, what, *overrides)
-    else:
-        command = [*TORCHRUN, str(count), ROOT / "tests/processes.py", folder, what, *overrides]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"{count}-{rank}.pt") for rank in range(count)]
+# 1,437 images: the last batch of an epoch has one image, and one of two processes none; or it has 37.
+PLAIN = ["train.epochs=3", "data.augment=[]", "train.optimizer=sgd", "train.lr=0.1"]
+SCENARIOS = {
+    "plain": ("plain", [*PLAIN, "data.batch_size=718"]),
+    "plain_more": ("plain", [*PLAIN, "data.batch_size=200", "train.accumulate=2", "train.clip=0.05", "train.ema=0.9"]),
+    "real": ("train", [*TINY, "train.epochs=6", "data.batch_size=100"]),
+    "validate": ("validate", [*TINY, "data.name=fashion_mnist", "data.path=FOLDER/data", "data.batch_size=48"]),
+    "undisturbed": ("run", [*TINY, "train.ema=0.9", "model.drop_rate=0.2", "output=FOLDER/undisturbed"]),
+    "stopped": ("stop", [*TINY, "train.ema=0.9", "model.drop_rate=0.2", "output=FOLDER/stopped"]),
+    "resumed": ("resume", [*TINY, "train.ema=0.9", "model.drop_rate=0.2", "output=FOLDER/stopped"]),
+    "no_number": ("no_number", [*TINY, "data.augment=[]"]),
+    "no_number_skipped": ("no_number", [*TINY, "data.augment=[]", "train.nonfinite=skip"]),
+}
 
 
-# 1,437 images: the last batch of an epoch has one image, and one of two processes none, or it has 237.
-@pytest.mark.parametrize(
-    "overrides",
-    [["data.batch_size=718"], ["data.batch_size=200", "train.accumulate=2", "train.clip=0.05", "train.ema=0.9"]],
-    ids=["plain", "accumulate-clip-ema"],
-)
-def test_two_processes_train_as_one_does(tmp_path, overrides):
-    overrides = "train.epochs=3", "data.augment=[]", "train.optimizer=sgd", "train.lr=0.1", *overrides
-    (one,), two = several(1, tmp_path, "plain", *overrides), several(2, tmp_path, "plain", *overrides)
+@pytest.fixture(scope="session")
+def outcome(tmp_path_factory):
+    """A function: what each of so many processes has kept of a scenario.
+
+    A launch takes long, so two processes go through all scenarios, and for all workers of pytest.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
+    folder.mkdir(exist_ok=True)
+
+    def scenarios(names):
+        chosen = ((name, *SCENARIOS[name]) for name in names)
+        return json.dumps([[name, what, [one.replace("FOLDER", str(folder)) for one in o]] for name, what, o in chosen])
+
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "data").exists():
+            write_fashion_mnist(folder / "data", n=1001)
+            for count, names in ((2, list(SCENARIOS)), (3, ["validate"])):
+                command = [*TORCHRUN, str(count), ROOT / "tests/processes.py", folder, scenarios(names)]
+                done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+                assert done.returncode == 0, done.stderr
+
+    def get(name, count):
+        if count == 1:  # is this process
+            processes.main(folder, scenarios([name]))
+        return [torch.load(folder / f"{name}-{count}-{rank}.pt") for rank in range(count)]
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["plain", "plain_more"])
+def test_two_processes_train_as_one_does(outcome, name):
+    (one,), two = outcome(name, 1), outcome(name, 2)
     torch.manual_seed(0)
     before = processes.without_norms().state_dict()
     moved = [(one["weights"][name] - before[name]).abs().max() for name in before]
@@ -63,35 +95,27 @@ def test_two_processes_train_as_one_does(tmp_path, overrides):
         assert other["scores"] == pytest.approx(one["scores"], abs=1e-5)
 
 
-def test_two_processes_train_the_real_network_alike(tmp_path):
-    overrides = *TINY, "train.epochs=6", "data.batch_size=100"
-    (one,), two = several(1, tmp_path, "train", *overrides), several(2, tmp_path, "train", *overrides)
+def test_two_processes_train_the_real_network_alike(outcome):
+    (one,), two = outcome("real", 1), outcome("real", 2)
     assert two[0]["inactive"] == two[1]["inactive"] == one["inactive"]
     assert two[0]["history"] == two[1]["history"] and two[0]["scores"] == two[1]["scores"]
     assert equal_states(two[0]["weights"], two[1]["weights"])  # norms' statistics, too
     assert two[0]["history"][-1][0] == pytest.approx(one["history"][-1][0], abs=0.1)
 
 
-def test_every_validation_image_counts_once(tmp_path):
-    write_fashion_mnist(tmp_path / "data", n=1001)
-    overrides = *TINY, "data.name=fashion_mnist", f"data.path={tmp_path / 'data'}", "data.batch_size=48"
-    (one,) = several(1, tmp_path, "validate", *overrides)
+def test_every_validation_image_counts_once(outcome):
+    (one,) = outcome("validate", 1)
     right = one["scores"]["top_1"] * 1001, one["scores"]["top_5"] * 1001
     assert right == pytest.approx([round(count) for count in right], abs=1e-3)
-    for count in (2, 3):
-        for other in several(count, tmp_path, "validate", *overrides):
-            for name, number in zip(("top_1", "top_5"), right):
-                assert round(other["scores"][name] * 1001) == round(number)
-            assert other["scores"]["loss"] == pytest.approx(one["scores"]["loss"], abs=1e-5)
+    for other in (*outcome("validate", 2), *outcome("validate", 3)):
+        for name, number in zip(("top_1", "top_5"), right):
+            assert round(other["scores"][name] * 1001) == round(number)
+        assert other["scores"]["loss"] == pytest.approx(one["scores"]["loss"], abs=1e-5)
 
 
-def test_a_run_of_two_processes_that_is_stopped_goes_on_to_the_same_bits(tmp_path):
-    augmented = *TINY, "train.ema=0.9", "model.drop_rate=0.2"
-    undisturbed = several(2, tmp_path, "run", *augmented, f"output={tmp_path / 'undisturbed'}")
-    overrides = *augmented, f"output={tmp_path / 'stopped'}"
-    stopped = several(2, tmp_path, "stop", *overrides)
-    assert all("in epoch 2 of 3, after 2 of 5 batches" in one["stopped"] for one in stopped)
-    resumed = several(2, tmp_path, "resume", *overrides)
+def test_a_run_of_two_processes_that_is_stopped_goes_on_to_the_same_bits(outcome):
+    undisturbed, resumed = outcome("undisturbed", 2), outcome("resumed", 2)
+    assert all("in epoch 2 of 3, after 2 of 5 batches" in one["stopped"] for one in outcome("stopped", 2))
     assert resumed[0]["folder"] == resumed[1]["folder"]
     for one, other in zip(undisturbed, resumed):
         for name, weight in one["weights"].items():
@@ -106,13 +130,11 @@ def test_a_run_of_two_processes_that_is_stopped_goes_on_to_the_same_bits(tmp_pat
         )
 
 
-def test_a_loss_that_is_no_number_in_one_of_two_processes(tmp_path):
-    overrides = *TINY, "data.augment=[]"
-    stopped = several(2, tmp_path, "no_number", *overrides)
+def test_a_loss_that_is_no_number_in_one_of_two_processes(outcome):
+    stopped, skipped = outcome("no_number", 2), outcome("no_number_skipped", 2)
     assert stopped[0] == stopped[1]
     assert "the loss is nan at step 2 (epoch 1, batch 2), of the images" in stopped[0]["error"]
     assert "and 147 more" in stopped[0]["error"]  # of the one process's 150
-    skipped = several(2, tmp_path, "no_number", *overrides, "train.nonfinite=skip")
     assert equal_states(skipped[0]["weights"], skipped[1]["weights"])
     assert all(tensor.isfinite().all() for tensor in skipped[0]["weights"].values())
     assert torch.tensor(skipped[0]["history"]).isfinite().all()
@@ -140,18 +162,18 @@ class Launch:
         return sorted(pid for pid, parent in pairs if parent == self.process.pid and pid != self.process.pid)
 
 
-@pytest.mark.parametrize("moment", range(5))
-def test_a_killed_process_leads_to_a_resumed_run(tmp_path, moment):
-    chance = random.Random(moment)
-    launch = Launch(tmp_path, "train.epochs=12", restarts=1)
-    launch.wait_for("top-1")
-    time.sleep(chance.uniform(0, 3))
-    os.kill(chance.choice(launch.workers()), signal.SIGKILL)
+def test_killed_processes_lead_to_a_resumed_run(tmp_path):
+    chance, kills = random.Random(0), 5
+    launch = Launch(tmp_path, f"train.epochs={EPOCHS}", restarts=kills)
+    for number in range(1, kills + 1):
+        launch.wait_for(rf"(?s)(train loss.*){{{number}}}")
+        time.sleep(chance.uniform(0, 2))
+        os.kill(chance.choice(launch.workers()), signal.SIGKILL)
     assert launch.process.wait(timeout=200) == 0, launch.log.read_text()
     log = launch.log.read_text()
     assert log.count("The run is in") == 1 and "Traceback" not in log
-    assert log.count("A process has died, and all were started again") == 1
-    assert_complete(tmp_path, epochs=12)
+    assert log.count("A process has died, and all were started again") == kills
+    assert_complete(tmp_path, EPOCHS)
 
 
 def assert_complete(folder, epochs):
