@@ -119,9 +119,13 @@ class EpochDL(TfmdDL):
 
     def _part(self, indices: list[int], number: int) -> list[int]:
         batch = indices[number * self.bs * self.ranks :][: self.bs * self.ranks]
-        start, end = (len(batch) * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        start, end = self._bounds(len(batch))
         # In training, a process without an image takes one all the same, with no weight: the others wait for it.
         return batch[start:end] or batch[: self.shuffle]
+
+    def _bounds(self, size: int) -> tuple[int, int]:
+        """Where this process's part of so many images begins and ends."""
+        return size * self.rank // self.ranks, size * (self.rank + 1) // self.ranks
 
     def size(self, number: int) -> int:
         """How many images a batch has, in all processes."""
@@ -131,7 +135,7 @@ class EpochDL(TfmdDL):
     def weight(self, number: int) -> float:
         """What the mean of this process's part of a training batch weighs in the mean over all processes' parts."""
         size = self.size(number)
-        start, end = (size * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        start, end = self._bounds(size)
         return (end - start) * self.ranks / size
 
     def batch_names(self, number: int) -> list[str]:

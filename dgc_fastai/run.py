@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,7 +29,7 @@ from .resume import Snapshots, read_state
 
 __all__ = ["RunFolder", "interrupted_run", "new_run_folder", "run_to_go_on_with", "train"]
 
-LAUNCH = "launch.txt"  # in the folder of a run that torchrun has started: which launch it was
+LAUNCH = "launch.txt"  # in the folder of a run that torchrun has started: which launch took it last
 NEW, INTERRUPTED, COMPLETE = range(3)
 
 
@@ -66,6 +65,8 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
     with _alone(folder) if launch.is_first() else nullcontext():
         if launch.is_first():
             remove_partial(folder)
+            if launch.launch_name():  # of a folder that was begun by an earlier launch, too
+                write_atomically(folder / LAUNCH, launch.launch_name() + "\n")
             callbacks += [record, display, *logging_callbacks(recipe, folder)]
         with _callbacks(learn, callbacks):
             try:
@@ -97,12 +98,20 @@ def run_to_go_on_with(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str
     restarted = largest(launch.restarts())  # each machine's launcher counts for itself
     if launch.is_first():
         if restarted and launch.launch_name():
-            names = {path.parent: path.read_text().strip() for path in recipe.runs.glob(f"*/{LAUNCH}")}
-            folder = next((folder for folder, name in names.items() if name == launch.launch_name()), None)
+            folder = _begun_by_this_launch(recipe)
             found = f"A process has died, and all were started again: going on with {folder}." if folder else ""
         elif resume or restarted:
             folder, found = interrupted_run(recipe)
     return _agreed(folder), found
+
+
+def _begun_by_this_launch(recipe: Recipe) -> Optional[Path]:
+    """The folder that this launch has last taken for a recipe; an earlier one may have had the same name."""
+    for path in sorted(recipe.runs.glob(f"*/{LAUNCH}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if path.read_text().strip() == launch.launch_name():
+            same = not differences(recipe, load_recipe(path.parent / "recipe.yaml"), ignore=("output", "log"))
+            return path.parent if same else None
+    return None
 
 
 def _agreed(folder: Optional[Path]) -> Optional[Path]:
@@ -161,10 +170,8 @@ def new_run_folder(recipe: Recipe) -> Path:
             raise RecipeError(f"output: cannot make the run folder {folder}: {error.strerror}") from None
         try:
             write_atomically(folder / "recipe.yaml", recipe.to_yaml())
-            if launch.launch_name():
-                write_atomically(folder / LAUNCH, launch.launch_name() + "\n")
         except WriteError:
-            shutil.rmtree(folder)
+            folder.rmdir()
             raise
         return folder
 

@@ -23,7 +23,7 @@ from dgc_fastai.data import input_size
 from dgc_fastai.errors import CheckpointError, Interrupted, TrainingError
 from dgc_fastai.files import only_one
 from dgc_fastai.resume import read_state
-from dgc_fastai.run import interrupted_run, train
+from dgc_fastai.run import interrupted_run, run_to_go_on_with, train
 
 QUICKSTART = Path(__file__).parents[1] / "recipes/quickstart.yaml"
 TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
@@ -267,3 +267,19 @@ def test_a_run_whose_loss_is_no_number_names_what_is_left(tmp_path):
     names = (folder / "nonfinite.txt").read_text().split()
     assert len(set(names)) == 300 and set(map(int, names)) <= set(range(1437))
     assert len(history(folder)) == 1 and load_file(folder / "last.safetensors")
+
+
+def test_after_a_restart_a_launch_finds_the_run_that_it_had_taken(tmp_path, monkeypatch):
+    output = f"output={tmp_path}"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    start([output], callback=StopAt(0, 2))
+    (folder,) = tmp_path.iterdir()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    start([output], resume=True, callback=StopAt(1, 2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    recipe = load_recipe(QUICKSTART, [*TINY, output])
+    assert run_to_go_on_with(recipe, resume=False)[0] == folder  # though it was the first that made it
+    other = load_recipe(QUICKSTART, [*TINY, output, "train.seed=1"])
+    assert run_to_go_on_with(other, resume=False)[0] is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "third")
+    assert run_to_go_on_with(recipe, resume=False)[0] is None
