@@ -10,12 +10,14 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .conv import DynamicGroupConv2d
 from .models.dgc_densenet import DenseStage
 from .ops import cpu, folded_norm
-from .ops.layer import gated_layer, group_conv2d, pack, pack_groups
+from .ops.dense import STEM_CHANNELS, group_conv2d, pack_groups, stem
+from .ops.layer import gated_layer, pack
 
 __all__ = ["DeployedConv2d", "deploy"]
 
@@ -48,6 +50,9 @@ def deploy(model: nn.Module) -> nn.Module:
         if isinstance(module, DeployedConv2d) or _is_plain(module, nn.Conv2d):
             _fold_followers(root, name, followers)
     for name, module in list(root.named_modules()):
+        if _is_plain(module, nn.Conv2d):
+            _fold_pooling(root, name, followers)
+    for name, module in list(root.named_modules()):
         if isinstance(module, DenseStage):
             root.set_submodule(name, DeployedStage(module))
     for name, module in list(root.named_modules()):
@@ -56,12 +61,10 @@ def deploy(model: nn.Module) -> nn.Module:
         if module.groups == 1:
             # oneDNN's convolutions and PyTorch's pooling are faster so, from the first image on.
             module.to(memory_format=torch.channels_last)
-        elif (
-            module.groups < module.in_channels and isinstance(module.padding, tuple) and module.padding_mode == "zeros"
-        ):
+        elif module.groups < module.in_channels and _is_padded_by_zeros(module):
             root.set_submodule(name, DeployedGroupConv2d(module))
     for module in root.modules():
-        if isinstance(module, (DeployedConv2d, DeployedGroupConv2d)):
+        if isinstance(module, (DeployedConv2d, DeployedGroupConv2d)):  # stems are the latter, too
             module.repack()
     return root[0]
 
@@ -76,6 +79,7 @@ class DeployedConv2d(nn.Module):
     shift: Optional[Tensor]
     bias: Optional[Tensor]
 
+    PACKED = ("packed_weight", "winograd_weight", "packed_excite")
     SMALL = ("scale", "shift", "squeeze", "excite", "gate_bias", "bias")
 
     def __init__(self, layer: DynamicGroupConv2d):
@@ -92,7 +96,7 @@ class DeployedConv2d(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.detach().to(small).contiguous())
         self.register_buffer("weight", layer.weight.detach().contiguous())
         self.register_buffer("inactive_channels", layer.inactive_channels)
-        for name in ("packed_weight", "packed_excite"):
+        for name in self.PACKED:
             self.register_buffer(name, self.weight.new_empty(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,11 +110,13 @@ class DeployedConv2d(nn.Module):
 
     def repack(self) -> None:
         """Make what the C++ kernel reads anew."""
-        self.packed_weight, self.packed_excite = pack(self.weight, self.squeeze, self.excite)
+        packed = pack(self.weight, self.squeeze, self.excite, self.stride, self.dilation)
+        for name, tensor in zip(self.PACKED, packed):
+            setattr(self, name, tensor)
         # Together, since to look up one buffer of a module takes as long as to convolve a few pixels.
         gating = self.squeeze, self.excite, self.gate_bias, self.inactive_channels
         geometry = self.stride, self.padding, self.dilation
-        packed, kept = (self.packed_weight, self.packed_excite), self.weight.shape[1] - int(self.inactive_channels)
+        kept = self.weight.shape[1] - int(self.inactive_channels)
         self._arguments = self.scale, self.shift, *gating, self.weight, self.bias, self.rectify, *geometry, packed, kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -169,6 +175,18 @@ class DeployedGroupConv2d(nn.Module):
         self.repack()
 
 
+class DeployedStem(DeployedGroupConv2d):
+    """What `deploy` makes of a convolution of images, the ReLU and the max pooling after it."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__(conv)
+        self.weight = self.weight.contiguous(memory_format=torch.channels_last)  # for where there is no C++ kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, _, *rest = self._arguments
+        return stem(x, weight, bias, *rest)
+
+
 class DeployedStage(nn.Module):
     """What `deploy` makes of a `DenseStage`: its layers write what they add into one tensor, without concatenations,
     whose sizes add up to the square of the depth."""
@@ -207,6 +225,10 @@ def _has_statistics(norm: nn.Module) -> bool:
     """Whether a layer's norm is one to be folded; `nn.Identity` is that of a layer without."""
     batch_norm = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
     return batch_norm or type(norm) is nn.Identity
+
+
+def _is_padded_by_zeros(conv: nn.Conv2d) -> bool:
+    return isinstance(conv.padding, tuple) and conv.padding_mode == "zeros"
 
 
 def _is_plain(module: nn.Module, kind: type) -> bool:
@@ -268,3 +290,22 @@ def _fold_followers(model: nn.Module, name: str, followers: dict[str, str]) -> N
         model.set_submodule(name, rest)
         if type(rest) is not nn.Identity:
             return
+
+
+def _fold_pooling(model: nn.Module, name: str, followers: dict[str, str]) -> None:
+    """Make a stem of a convolution of images if what follows is a ReLU and then the usual pooling."""
+    place, conv, readers = name, model.get_submodule(name), []
+    while name in followers:
+        name = followers[name]
+        reader = model.get_submodule(name)
+        if not _is_plain(reader, nn.Identity):
+            readers.append((name, reader))
+    if len(readers) < 2 or not (_is_plain(readers[0][1], nn.ReLU) and _is_plain(readers[1][1], nn.MaxPool2d)):
+        return
+    pool = readers[1][1]
+    sizes = [_pair(size) for size in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)]
+    usual = sizes == [(3, 3), (2, 2), (1, 1), (1, 1)] and not (pool.ceil_mode or pool.return_indices)
+    if usual and conv.groups == 1 and conv.in_channels <= STEM_CHANNELS and _is_padded_by_zeros(conv):
+        model.set_submodule(place, DeployedStem(conv))
+        for name, _ in readers[:2]:
+            model.set_submodule(name, nn.Identity())

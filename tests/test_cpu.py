@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from test_ops import run
 
 from dgc_fastai.ops import cpu, gated_conv2d, per_sample, use_formulation
+from dgc_fastai.ops.layer import pack
+from dgc_fastai.ops.layer import plain as plain_layer
 
 ONE, NONE = (1, 1), (0, 0)
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler here")
@@ -215,6 +217,61 @@ def _close(number, setting, ours, theirs):
 
 
 @needs_compiler
+def test_200_random_layers_by_winograd():
+    """Against the definition, with as many multiplications as that has."""
+    layers_by_winograd_agree(200)
+
+
+def layers_by_winograd_agree(count):
+    draw = random.Random(1)
+    torch.manual_seed(1)
+    for number in range(count):
+        dtype = draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+        small = cpu.sums_type(dtype)
+        batch, heads, channels = draw.randint(0, 3), draw.randint(1, 4), draw.choice([1, 2, 5, 8, 29, 64, 130])
+        columns, padding, dilation = (
+            draw.randint(1, 4),
+            (draw.randint(0, 4), draw.randint(0, 3)),
+            (1, draw.randint(1, 3)),
+        )
+        height, width = draw.randint(3, 20), draw.randint((columns - 1) * dilation[1] + 1, 36)
+        weight = torch.randn(heads * draw.choice([1, 3, 4, 5, 13, 16, 17, 32, 37]), channels, 3, columns, dtype=dtype)
+        x = torch.randn(batch, channels + 2, height, width, dtype=dtype)[:, 1:-1]
+        norm = (
+            (torch.rand(channels, dtype=small), torch.randn(channels, dtype=small))
+            if draw.random() < 0.5
+            else (None, None)
+        )
+        bias, rectify = torch.randn(len(weight), dtype=small) if draw.random() < 0.5 else None, draw.random() < 0.5
+        squeeze, excite = torch.randn(heads, 3, channels, dtype=small), torch.randn(heads, channels, 3, dtype=small)
+        gating = squeeze, excite, torch.rand(heads, channels, dtype=small), torch.tensor(draw.randint(0, channels))
+        geometry = ONE, padding, dilation
+        expected = plain_layer(x, *norm, *gating, weight, bias, rectify, *geometry).double()
+        filters, by_winograd, excite = pack(weight, squeeze, excite, ONE, dilation)
+        assert by_winograd.numel() == 2 * filters.numel() == 2 * weight.numel()
+        gating = squeeze, excite, *gating[2:]
+        rest = bias, rectify, weight.shape, *geometry
+        y = cpu.layer(x, *norm, *gating, filters, by_winograd, *rest)
+        if dtype == torch.float64:  # in which the definition has no gates
+            expected = cpu.layer(x, *norm, *gating, filters, filters.new_empty(0), *rest)
+        limit = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        torch.testing.assert_close(
+            y.double(), expected, rtol=0, atol=limit * scale,
+            msg=lambda message: f"layer {number}, {dtype}, {tuple(x.shape)}, {tuple(weight.shape)}: {message}",
+        )  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("weight, stride, dilation, pays", [
+    ((64, 64, 3, 3), ONE, ONE, True), ((8, 8, 3, 1), ONE, (1, 2), True), ((512, 512, 3, 3), ONE, ONE, False),
+    ((64, 64, 3, 3), (2, 2), ONE, False), ((64, 64, 3, 3), ONE, (2, 2), False), ((64, 64, 1, 1), ONE, ONE, False),
+])  # fmt: skip
+def test_where_winograd_pays(weight, stride, dilation, pays):
+    assert cpu.winograd_pays(weight, stride, dilation) == pays
+
+
+@needs_compiler
 def test_bfloat16_is_float32_rounded():
     x, gates, weight, _, _ = case(3, 2, 12, 20, 7, 6, 0.6, taps=(3, 3))
     x, weight = x.detach().bfloat16(), weight.detach().bfloat16()
@@ -256,6 +313,7 @@ def forget_library():
 def test_vectors_of_other_processors(not_built, monkeypatch, flags):
     monkeypatch.setattr(cpu, "VECTORS", {torch.backends.cpu.get_cpu_capability(): flags})
     agree_on_random_layers(300)
+    layers_by_winograd_agree(100)
 
 
 @needs_compiler

@@ -12,7 +12,7 @@ from test_cpu import needs_compiler
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgc_fastai import DynamicGroupConv2d, convert, deploy, set_progress
-from dgc_fastai.deploy import DeployedConv2d, DeployedGroupConv2d
+from dgc_fastai.deploy import DeployedConv2d, DeployedGroupConv2d, DeployedStem
 from dgc_fastai.ops import cpu
 from dgc_fastai.ops.layer import gated_layer, pack, plain
 
@@ -157,6 +157,67 @@ def test_what_does_more_than_it_seems_is_left_alone():
         agree(deploy(model)(x), model(x))
 
 
+POOL = dict(kernel_size=3, stride=2, padding=1)
+
+
+@pytest.mark.parametrize(
+    "conv, pool, merged",
+    [
+        (dict(kernel_size=7, stride=2, padding=3), POOL, True),
+        (dict(kernel_size=(3, 5), padding=(0, 4), dilation=(2, 1), bias=False), POOL, True),
+        (dict(kernel_size=3), dict(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1)), True),
+        (dict(kernel_size=3, padding="same"), POOL, False),
+        (dict(kernel_size=3, groups=3), POOL, False),
+        (dict(kernel_size=3, padding=1, padding_mode="reflect"), POOL, False),
+        (dict(kernel_size=3), POOL | dict(ceil_mode=True), False),
+        (dict(kernel_size=3), dict(kernel_size=2), False),
+    ],
+)
+def test_the_stem_of_a_network(conv, pool, merged):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 21, **conv), nn.BatchNorm2d(21), nn.ReLU(), nn.MaxPool2d(**pool)).eval()
+    nn.init.uniform_(model[1].weight, -1.5, 1.5), nn.init.normal_(model[1].bias)
+    deployed = deploy(model)
+    assert isinstance(deployed[0], DeployedStem) == merged
+    compiled = torch.compile(deployed, backend="aot_eager", fullgraph=True)
+    for size in ((2, 3, 37, 40), (1, 3, 90, 13), (0, 3, 9, 9), (1, 3, 9, 8)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            y = model(x)
+            for form in (x, x.contiguous(memory_format=torch.channels_last), x.repeat(1, 2, 1, 1)[:, :3]):
+                torch.testing.assert_close(deployed(form), y, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(compiled(x), y, rtol=1e-5, atol=1e-5)
+    x[0, 1, 4, 3] = float("nan")
+    x[0, 1, 8, 7] = float("inf")
+    with torch.no_grad():
+        torch.testing.assert_close(deployed(x), model(x), rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert deployed(x).isnan().any()
+    x = torch.randn(1, 3, 9, 8, requires_grad=True)
+    for ours, theirs in zip(*(torch.autograd.grad(net(x).square().sum(), x) for net in (deployed, model))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_without_gates_in_bfloat16(groups):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3 * groups, 21, 3, groups=groups), nn.ReLU(), nn.MaxPool2d(**POOL)).eval()
+    nn.init.normal_(model[0].bias, std=3)
+    x = torch.randn(2, 3 * groups, 12, 9)
+    with torch.no_grad():
+        y = deploy(model).bfloat16()(x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        agree(y.float(), model(x), 2e-2)
+
+
+def test_a_stem_with_more_to_it_is_left_alone():
+    for place in (0, 1, 2):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(**POOL)).eval()
+        model[place].register_forward_hook(lambda module, inputs, output: output + 1)
+        x = torch.randn(1, 3, 9, 9)
+        assert not isinstance(deploy(model)[0], DeployedStem)
+        torch.testing.assert_close(deploy(model)(x), model(x))
+
+
 def test_a_layer_by_itself():
     layer = DynamicGroupConv2d(8, 8, 3, padding=1).eval()
     x = torch.randn(2, 8, 5, 5)
@@ -277,7 +338,7 @@ def test_gates_of_the_kernel(case):
     else:
         x[1, 4, 2, 3] = float("nan") if case == "nan" else float("inf")
     arguments = x, None, None, squeeze, excite, bias, inactive, weight, None, False, (1, 1), (1, 1), (1, 1)
-    packed = pack(weight, squeeze, excite)
+    packed = pack(weight, squeeze, excite, (1, 1), (1, 1))
     assert cpu.takes_layer(x, packed[0])
     ours, theirs = gated_layer(*arguments, packed, channels - int(inactive)), plain(*arguments)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 from . import cpu, exported, gathered, per_sample, reference, scaled_inputs, scaled_weights
 from .per_sample import Pair
 
-__all__ = ["FORMULATIONS", "choose", "gated_conv2d", "norm_on_load", "use_formulation"]
+__all__ = ["FORMULATIONS", "choose", "gated_conv2d", "norm_on_load", "through_dispatcher", "use_formulation"]
 
 FORMULATIONS = ("reference", "scaled_weights", "scaled_inputs", "gathered", "cpu", "triton")
 
@@ -43,6 +43,11 @@ def gated_conv2d(
             x = x if scale is None else reference.apply_norm(x, scale, shift)
             return exported.gated_conv2d(x, gates, weight, stride, padding, dilation)
     return torch.ops.dgc_fastai.gated_conv2d(x, gates, weight, scale, shift, stride, padding, dilation)
+
+
+def through_dispatcher() -> bool:
+    """Whether somebody wants to see an operator; otherwise the dispatcher would take as long as a small layer."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextmanager

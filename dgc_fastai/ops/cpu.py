@@ -46,7 +46,7 @@ def forward(x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pai
     """As `reference.gated_conv2d`."""
     shape = _shape(x.shape, gates.shape[1], weight.shape, stride, padding, dilation)
     y = _result(x, shape)
-    _call("forward", x.dtype, shape, x, _gates(gates, x), table(weight, gates.shape[1]), y)
+    _call("forward", x.dtype, shape, x, _summed_with(x, gates), table(weight, gates.shape[1]), y)
     return y
 
 
@@ -57,7 +57,7 @@ def backward(
     if x.dtype == torch.bfloat16:  # sums of many, and read as often
         found = backward(grad.float(), x.float(), gates, weight.float(), stride, padding, dilation)
         return found[0].to(x.dtype), found[1], found[2].to(weight.dtype)
-    grad, values, filters = grad.contiguous(), _gates(gates, x), table(weight, gates.shape[1])
+    grad, values, filters = grad.contiguous(), _summed_with(x, gates), table(weight, gates.shape[1])
     dvalues = torch.zeros_like(values)
     if per_sample.is_pointwise(weight.shape, padding):
         seen = per_sample.seen(x, stride)
@@ -100,6 +100,7 @@ def layer(
     gate_bias: Tensor,
     inactive: Tensor,
     filters: Tensor,
+    winograd_filters: Tensor,
     bias: Optional[Tensor],
     rectify: bool,
     weight: Sequence[int],
@@ -112,12 +113,15 @@ def layer(
     Args:
         excite: [heads, hidden, C].
         filters: of `table`.
+        winograd_filters: of `winograd_table`, or empty.
         weight: their shape before, [O, C, kh, kw].
     """
     shape = _shape(x.shape, len(squeeze), weight, stride, padding, dilation)
     y = _result(x, shape)
     gating = squeeze, excite, gate_bias, squeeze.shape[1], inactive
-    _call("layer", x.dtype, shape, x, x.stride(0), *gating, filters, scale, shift, bias, rectify, y)
+    winograd = winograd_filters.numel() > 0 and y.shape[2] > 2  # results come by four, one below the other
+    filters = winograd_filters if winograd else filters
+    _call("layer", x.dtype, shape, x, x.stride(0), *gating, filters, scale, shift, bias, rectify, winograd, y)
     return y
 
 
@@ -147,8 +151,34 @@ def group(
     (batch, channels, *sides) = x.shape
     shape = _shape((batch, channels // groups, *sides), groups, weight, stride, padding, dilation)
     y = _result(x, shape) if out is None else out
-    _call("group", x.dtype, shape, x, x.stride(0), filters, bias, y, y.stride(0))
+    _call("group", x.dtype, shape, x, x.stride(0), filters, _summed_with(x, bias), y, y.stride(0))
     return y
+
+
+def stem(
+    x: Tensor,
+    filters: Tensor,
+    bias: Optional[Tensor],
+    weight: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Tensor:
+    """As `dense.stem`; filters of `table`, for one head, and the shape of theirs before."""
+    shape = _shape(x.shape, 1, weight, stride, padding, dilation)
+    y = x.new_empty(shape[0], shape[3], (shape[5] + 1) // 2, (shape[11] + 1) // 2)
+    _call("stem", x.dtype, shape, x, x.stride(0), filters, _summed_with(x, bias), y)
+    return y
+
+
+def packable(weight: Tensor) -> bool:
+    """Whether the kernel is there and made for such filters."""
+    return weight.device.type == "cpu" and weight.dtype in TYPES and library() is not None
+
+
+def readable(x: Tensor, packed: Tensor) -> Tensor:
+    """x as the kernel reads it, if its filters, packed, are there."""
+    return x.contiguous() if packed.numel() and per_sample.is_channels_last(x) else x
 
 
 def sums_type(dtype: torch.dtype) -> torch.dtype:
@@ -158,16 +188,34 @@ def sums_type(dtype: torch.dtype) -> torch.dtype:
 
 def table(weight: Tensor, heads: int) -> Tensor:
     """Filters [O, C, kh, kw] as the kernel reads them: what 16 filters have for a tap of a channel lies together."""
-    filters = torch.empty(weight.shape, dtype=sums_type(weight.dtype))
+    return _table("table", weight, heads, weight.shape)
+
+
+def winograd_pays(weight: Sequence[int], stride: Pair, dilation: Pair) -> bool:
+    """Whether to halve the multiplications of a layer, for twice the room of its filters [O, C, kh, kw]: unless they
+    are so many that they come from the memory anew for each image, which takes longer than to multiply."""
+    outputs, channels, height, width = weight
+    return height == 3 and stride == (1, 1) and dilation[0] == 1 and outputs * channels * width <= 2**18
+
+
+def winograd_table(weight: Tensor, heads: int) -> Tensor:
+    """As `table`, but of what filters [O, C, 3, kw] are at each of the six points of cpu_kernel/winograd.h."""
+    outputs, channels, _, width = weight.shape
+    return _table("winograd_table", weight, heads, (6, outputs, channels, width))
+
+
+def _table(function: str, weight: Tensor, heads: int, shape: Sequence[int]) -> Tensor:
+    filters = torch.empty(shape, dtype=sums_type(weight.dtype))
     outputs, channels, *taps = weight.shape
     axes = [part for tap in taps for part in (1, 1, tap, 1, 0, 1)]
-    shape = (ctypes.c_int64 * 16)(1, heads, channels, outputs // heads, *axes)
-    _call("table", weight.dtype, shape, weight.contiguous(), filters)
+    layer_shape = (ctypes.c_int64 * 16)(1, heads, channels, outputs // heads, *axes)
+    _call(function, weight.dtype, layer_shape, weight.contiguous(), filters)
     return filters
 
 
-def _gates(gates: Tensor, x: Tensor) -> Tensor:
-    return gates.to(sums_type(x.dtype)).contiguous()
+def _summed_with(x: Tensor, small: Optional[Tensor]) -> Optional[Tensor]:
+    """Gates or a bias, in the type that sums for x have."""
+    return None if small is None else small.to(sums_type(x.dtype)).contiguous()
 
 
 def _result(x: Tensor, shape: ctypes.Array) -> Tensor:

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import _library, cpu, exported, gated_conv2d, per_sample
+from . import _library, cpu, exported, gated_conv2d, per_sample, through_dispatcher
 from .gates import drop_smallest, head_gates, pool
 from .per_sample import Pair
 from .reference import apply_norm
 
-__all__ = ["gated_layer", "group_conv2d", "pack", "pack_groups", "plain"]
+__all__ = ["gated_layer", "pack", "plain"]
 
 
 def plain(
@@ -71,7 +71,7 @@ def gated_layer(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-    packed: tuple[Tensor, Tensor],
+    packed: tuple[Tensor, Tensor, Tensor],
     kept: int,
 ) -> Tensor:
     """As `plain`, but faster where the C++ kernel takes the layer. Gradients flow by way of `plain`.
@@ -85,96 +85,45 @@ def gated_layer(
         return exported.gated_layer(*arguments, kept)
     if torch.is_grad_enabled() and x.requires_grad:
         return plain(*arguments)
-    if _through_dispatcher():
+    if through_dispatcher():
         return torch.ops.dgc_fastai.gated_layer(*arguments, *packed)
     return _layer(*arguments, *packed)
 
 
-def _through_dispatcher() -> bool:
-    """Whether somebody wants to see the operator; otherwise the dispatcher would take as long as a small layer."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def group_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    groups: int,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    packed: Tensor,
-    out: Optional[Tensor] = None,
-) -> Tensor:
-    """An ordinary group convolution by the C++ kernel, where it takes it: faster for groups of a few channels.
-
-    Args:
-        packed: of `pack_groups`.
-        out: is to be the result, if given.
-    """
-    if torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad):
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if _through_dispatcher():
-        y = torch.ops.dgc_fastai.group_conv2d(x, weight, bias, groups, stride, padding, dilation, packed)
-        return y if out is None else out.copy_(y)
-    return _group_conv2d(x, weight, bias, groups, stride, padding, dilation, packed, out)
-
-
-def pack_groups(weight: Tensor, groups: int) -> Tensor:
-    """Filters of a group convolution as the C++ kernel reads them; empty where it cannot be used."""
-    return cpu.group_table(weight, groups) if _packable(weight) else weight.new_empty(0)
-
-
-def _packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype in cpu.TYPES and cpu.library() is not None
-
-
-def pack(weight: Tensor, squeeze: Tensor, excite: Tensor) -> tuple[Tensor, Tensor]:
-    """Filters and `excite` as the C++ kernel reads them; empty where it cannot be used."""
-    if not _packable(weight):
-        return weight.new_empty(0), weight.new_empty(0)
-    return cpu.table(weight, len(squeeze)), excite.transpose(1, 2).contiguous()
+def pack(
+    weight: Tensor, squeeze: Tensor, excite: Tensor, stride: Pair, dilation: Pair
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Filters, the same for Winograd's way if that pays, and `excite`, as the C++ kernel reads them; empty where it
+    cannot be used."""
+    none = weight.new_empty(0)
+    if not cpu.packable(weight):
+        return none, none, none
+    heads = len(squeeze)
+    winograd = cpu.winograd_table(weight, heads) if cpu.winograd_pays(weight.shape, stride, dilation) else none
+    return cpu.table(weight, heads), winograd, excite.transpose(1, 2).contiguous()
 
 
 def _layer(
     x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation,
-    filters, excite_packed,
+    filters, winograd_filters, excite_packed,
 ):  # fmt: skip
-    x = _readable(x, filters)
+    x = cpu.readable(x, filters)
     if cpu.takes_layer(x, filters):
         gating = squeeze, excite_packed, gate_bias, inactive
         geometry = weight.shape, stride, padding, dilation
-        return cpu.layer(x, scale, shift, *gating, filters, bias, rectify, *geometry)
+        return cpu.layer(x, scale, shift, *gating, filters, winograd_filters, bias, rectify, *geometry)
     return plain(
         x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation
     )
 
 
-def _group_conv2d(x, weight, bias, groups, stride, padding, dilation, packed, out=None):
-    x = _readable(x, packed)
-    if cpu.takes_layer(x, packed):
-        return cpu.group(x, packed, bias, groups, weight.shape, stride, padding, dilation, out)
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return y if out is None else out.copy_(y)
-
-
-def _readable(x: Tensor, packed: Tensor) -> Tensor:
-    return x.contiguous() if packed.numel() and per_sample.is_channels_last(x) else x
-
-
 _library.define(
     "gated_layer(Tensor x, Tensor? scale, Tensor? shift, Tensor squeeze, Tensor excite, Tensor gate_bias, "
     "Tensor inactive, Tensor weight, Tensor? bias, bool rectify, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, Tensor filters, Tensor excite_packed) -> Tensor",
+    "SymInt[2] dilation, Tensor filters, Tensor winograd_filters, Tensor excite_packed) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.impl(_library, "gated_layer", "CompositeExplicitAutograd")(_layer)
-_library.define(
-    "group_conv2d(Tensor x, Tensor weight, Tensor? bias, int groups, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, Tensor packed) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl(_library, "group_conv2d", "CompositeExplicitAutograd")(_group_conv2d)
 
 
 @torch.library.register_fake("dgc_fastai::gated_layer", lib=_library)
@@ -183,17 +132,6 @@ def _fake(
 ):
     y = x.new_empty(per_sample.output_shape(x.shape, weight.shape, stride, padding, dilation))
     return y if len(packed[0]) else y.contiguous(memory_format=per_sample.memory_format(x))
-
-
-@torch.library.register_fake("dgc_fastai::group_conv2d", lib=_library)
-def _group_fake(x, weight, bias, groups, stride, padding, dilation, packed):
-    y = x.new_empty(per_sample.output_shape(x.shape, weight.shape, stride, padding, dilation))
-    return y if len(packed) else y.contiguous(memory_format=per_sample.memory_format(x))
-
-
-@register_flop_formula(torch.ops.dgc_fastai.group_conv2d, get_raw=True)
-def _group_flops(x, weight, *args, out_val=None, **kwargs) -> int:
-    return conv_flop_count(x.shape, weight.shape, out_val.shape)
 
 
 @register_flop_formula(torch.ops.dgc_fastai.gated_layer, get_raw=True)

@@ -76,7 +76,7 @@ void forward(
     const T* bias, bool rectify, S* y) {
   constexpr int64_t kSize = Vector<T>::size;
   const int64_t units = n.batch * n.heads, most = gates == nullptr ? n.channels : most_kept(n, gates);
-  const int64_t rows = Packing::fitting_rows(n, most, sizeof(T), units, at::get_num_threads());
+  const int64_t rows = Packing::fitting_rows(n, kPacked, most, sizeof(T), units, at::get_num_threads());
   const int64_t tiles = (n.y.out + rows - 1) / rows;
   const Packing packing(n, rows);
   // Results that have nothing between their rows need not be copied once more.

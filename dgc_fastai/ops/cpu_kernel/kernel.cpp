@@ -10,6 +10,8 @@
 #include "backward_pointwise.h"
 #include "forward.h"
 #include "gates.h"
+#include "stem.h"
+#include "winograd.h"
 
 namespace {
 
@@ -33,6 +35,33 @@ void fill_table(const Shape& n, const S* weight, T* table) {
   });
 }
 
+// Tables, one after another for each head and point, of filters one tap high.
+template <typename S, typename T>
+void fill_winograd_table(const Shape& n, const S* weight, T* table) {
+  using Exact = dgc::Winograd<double>;
+  const Shape point = dgc::at_point<T>(n);
+  const int64_t columns = n.x.taps;
+  at::parallel_for(0, n.heads * n.channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t h = i / n.channels, c = i % n.channels;
+      for (int64_t f = 0; f < n.filters; f += dgc::kBlock) {
+        const int64_t width = std::min(dgc::kBlock, n.filters - f);
+        for (int64_t j = 0; j < width; ++j) {
+          const S* from = weight + (((f + j) * n.heads + h) * n.channels + c) * n.taps();
+          for (int64_t t = 0; t < columns; ++t) {
+            double found[Exact::kPoints];
+            Exact::filter(from[t], from[columns + t], from[2 * columns + t], found);
+            for (int64_t p = 0; p < Exact::kPoints; ++p) {
+              T* to = const_cast<T*>(dgc::block_of<T>(point, table, h * Exact::kPoints + p, f));
+              to[(c * columns + t) * width + j] = T(found[p]);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
 }  // namespace
 
 #define DGC_FOR_STORED(S, T, SUFFIX)                                                                              \
@@ -48,12 +77,20 @@ void fill_table(const Shape& n, const S* weight, T* table) {
   extern "C" void dgc_layer_##SUFFIX(                                                                             \
       const Shape* n, const S* x, int64_t x_sample, const T* squeeze, const T* excite, const T* gate_bias,        \
       int64_t hidden, const int64_t* inactive, const T* table, const T* scale, const T* shift, const T* bias,     \
-      int64_t rectify, S* y) {                                                                                    \
+      int64_t rectify, int64_t minimal, S* y) {                                                                      \
     std::vector<T> gates(n->batch * n->heads * n->channels);                                                      \
     const dgc::Gating<T> gating{hidden, *inactive, squeeze, excite, gate_bias};                                   \
     dgc::compute_gates<S, T>(*n, x, x_sample, scale, shift, gating, gates.data());                                \
     const dgc::Samples samples{x_sample, n->heads * n->filters * n->out_area()};                                  \
-    dgc::forward<S, T>(*n, samples, x, gates.data(), table, scale, shift, bias, rectify != 0, y);                 \
+    const auto convolve = minimal ? dgc::winograd<S, T> : dgc::forward<S, T>;                                     \
+    convolve(*n, samples, x, gates.data(), table, scale, shift, bias, rectify != 0, y);                           \
+  }                                                                                                               \
+  extern "C" void dgc_stem_##SUFFIX(                                                                              \
+      const Shape* n, const S* x, int64_t sample, const T* table, const T* bias, S* y) {                          \
+    dgc::stem<S, T>(*n, x, sample, table, bias, y);                                                               \
+  }                                                                                                               \
+  extern "C" void dgc_winograd_table_##SUFFIX(const Shape* n, const S* weight, T* table) {                        \
+    fill_winograd_table(*n, weight, table);                                                                       \
   }
 
 #define DGC_FOR_SUMS(T, SUFFIX)                                                                                   \

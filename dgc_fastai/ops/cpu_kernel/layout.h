@@ -41,6 +41,16 @@ struct Shape {
 constexpr int64_t kPacked = 128 * 1024;  // bytes of packed pixels: a part of a cache of the second level
 constexpr int64_t kNear = 20 * 1024;     // bytes that one pass reads again and again: of the first level
 
+
+// Rows to take at a time of all there are, at most `fit` of them and about as many each time; fewer if threads would idle
+// with so many units to share.
+inline int64_t even_rows(int64_t all, int64_t fit, int64_t units, int64_t threads) {
+  fit = std::min(std::max<int64_t>(fit, 1), all);
+  int64_t parts = (all + fit - 1) / fit;
+  while (units * parts < 4 * threads && units * parts % threads && parts < all) ++parts;
+  return (all + parts - 1) / parts;
+}
+
 // Filters are stored as a table [heads, blocks, channels, taps, 16]: a line of the cache is what 16 filters have for a
 // tap. The last block is narrower where 16 does not divide a head's filters.
 constexpr int64_t kBlock = 16;
@@ -103,14 +113,12 @@ struct Packing {
   // Results of so many rows, with what lies between them.
   int64_t line(const Shape& n, int64_t rows) const { return (rows - 1) * pitch + n.x.out; }
 
-  // Rows of the result whose inputs fit into the cache, so many channels of them; fewer if threads would idle.
-  static int64_t fitting_rows(const Shape& n, int64_t channels, int64_t value_size, int64_t units, int64_t threads) {
+  // Rows of the result whose inputs, so many channels of them, fit into so many bytes; fewer if threads would idle.
+  static int64_t fitting_rows(
+      const Shape& n, int64_t room, int64_t channels, int64_t value_size, int64_t units, int64_t threads) {
     const Packing one(n, 1);
     const int64_t line = std::max<int64_t>(channels, 1) * one.phases.size() * one.pitch * value_size;
-    const int64_t fit = std::min(std::max<int64_t>(kPacked / line - n.y.reach(), 1), n.y.out);
-    int64_t tiles = (n.y.out + fit - 1) / fit;
-    while (units * tiles < 4 * threads && units * tiles % threads && tiles < n.y.out) ++tiles;
-    return (n.y.out + tiles - 1) / tiles;
+    return even_rows(n.y.out, room / line - n.y.reach(), units, threads);
   }
 
   // Copies what results of rows [row, row + count) need of a channel x to where all is zero, or was copied before for
