@@ -9,6 +9,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 from timm.layers import BatchNormAct2d
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -55,6 +56,8 @@ def deploy(model: nn.Module) -> nn.Module:
     for name, module in list(root.named_modules()):
         if isinstance(module, DenseStage):
             root.set_submodule(name, DeployedStage(module))
+        elif DeployedBlock.takes(module):
+            root.set_submodule(name, DeployedBlock(module))
     for name, module in list(root.named_modules()):
         if not _is_plain(module, nn.Conv2d):
             continue
@@ -99,8 +102,9 @@ class DeployedConv2d(nn.Module):
         for name in self.PACKED:
             self.register_buffer(name, self.weight.new_empty(0), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return gated_layer(x, *self._arguments)
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """With `residual` [B, O, H', W'], the ReLU of its sum with the result."""
+        return gated_layer(x, *self._arguments, residual)
 
     def fold_norm(self, norm: nn.BatchNorm2d) -> None:
         """Take a batch norm that follows into the filters and the bias."""
@@ -185,6 +189,45 @@ class DeployedStem(DeployedGroupConv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, _, *rest = self._arguments
         return stem(x, weight, bias, *rest)
+
+
+class DeployedBlock(nn.Module):
+    """What `deploy` makes of a ResNet's block that ends in a DGC layer: that layer adds what the shortcut brings."""
+
+    BRANCHES = {
+        BasicBlock: ("conv1", "bn1", "drop_block", "act1", "aa", "conv2"),
+        Bottleneck: ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3"),
+    }
+    REST = {BasicBlock: ("bn2", "act2"), Bottleneck: ("bn3", "act3")}
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        *self.branch, self.last = self.BRANCHES[type(block)]
+        for name in (*self.branch, self.last, "downsample"):
+            self.add_module(name, getattr(block, name))
+        self.branch = [name for name in self.branch if not _is_plain(getattr(self, name), nn.Identity)]
+
+    @classmethod
+    def takes(cls, block: nn.Module) -> bool:
+        """Whether a block does nothing else once its norms are folded."""
+        if not any(_is_plain(block, kind) for kind in cls.BRANCHES):
+            return False
+        last, (norm, act) = cls.BRANCHES[type(block)][-1], cls.REST[type(block)]
+        conv = getattr(block, last)
+        return (
+            _is_plain(conv, DeployedConv2d)
+            and not conv.rectify
+            and _is_plain(getattr(block, norm), nn.Identity)
+            and _is_plain(getattr(block, act), nn.ReLU)
+            and block.se is None
+            and (block.drop_path is None or type(block.drop_path) is nn.Identity)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        for name in self.branch:
+            x = getattr(self, name)(x)
+        return getattr(self, self.last)(x, shortcut)
 
 
 class DeployedStage(nn.Module):

@@ -218,7 +218,7 @@ def _close(number, setting, ours, theirs):
 
 @needs_compiler
 def test_200_random_layers_by_winograd():
-    """Against the definition, with as many multiplications as that has."""
+    """Against the definition; beside them the same layers as they are without, and both with what a shortcut brings."""
     layers_by_winograd_agree(200)
 
 
@@ -246,20 +246,26 @@ def layers_by_winograd_agree(count):
         squeeze, excite = torch.randn(heads, 3, channels, dtype=small), torch.randn(heads, channels, 3, dtype=small)
         gating = squeeze, excite, torch.rand(heads, channels, dtype=small), torch.tensor(draw.randint(0, channels))
         geometry = ONE, padding, dilation
-        expected = plain_layer(x, *norm, *gating, weight, bias, rectify, *geometry).double()
+        expected = plain_layer(x, *norm, *gating, weight, bias, False, *geometry).double()
         filters, by_winograd, excite = pack(weight, squeeze, excite, ONE, dilation)
         assert by_winograd.numel() == 2 * filters.numel() == 2 * weight.numel()
         gating = squeeze, excite, *gating[2:]
-        rest = bias, rectify, weight.shape, *geometry
-        y = cpu.layer(x, *norm, *gating, filters, by_winograd, *rest)
+        residual = torch.randn_like(expected).to(dtype) if draw.random() < 0.5 else None
+        rest = bias, rectify, weight.shape, *geometry, residual
+        ys = [cpu.layer(x, *norm, *gating, filters, table, *rest) for table in (by_winograd, filters.new_empty(0))]
         if dtype == torch.float64:  # in which the definition has no gates
-            expected = cpu.layer(x, *norm, *gating, filters, filters.new_empty(0), *rest)
+            expected = cpu.layer(x, *norm, *gating, filters, filters.new_empty(0), bias, False, *rest[2:-1])
+        if residual is not None:
+            expected += residual
+        if rectify:
+            expected = expected.relu()
         limit = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
         scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-        torch.testing.assert_close(
-            y.double(), expected, rtol=0, atol=limit * scale,
-            msg=lambda message: f"layer {number}, {dtype}, {tuple(x.shape)}, {tuple(weight.shape)}: {message}",
-        )  # fmt: skip
+        for y in ys:
+            torch.testing.assert_close(
+                y.double(), expected, rtol=0, atol=limit * scale,
+                msg=lambda message: f"layer {number}, {dtype}, {tuple(x.shape)}, {tuple(weight.shape)}: {message}",
+            )  # fmt: skip
 
 
 @needs_compiler

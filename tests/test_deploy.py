@@ -12,7 +12,7 @@ from test_cpu import needs_compiler
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgc_fastai import DynamicGroupConv2d, convert, deploy, set_progress
-from dgc_fastai.deploy import DeployedConv2d, DeployedGroupConv2d, DeployedStem
+from dgc_fastai.deploy import DeployedBlock, DeployedConv2d, DeployedGroupConv2d, DeployedStem
 from dgc_fastai.ops import cpu
 from dgc_fastai.ops.layer import gated_layer, pack, plain
 
@@ -155,6 +155,39 @@ def test_what_does_more_than_it_seems_is_left_alone():
     x = torch.randn(2, 8, 9, 9)
     with torch.no_grad():
         agree(deploy(model)(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["dgc_resnet18", "dgc_resnet50"])
+def test_blocks_add_what_the_shortcut_brings(name):
+    model = network(name)
+    deployed = deploy(model)
+    count = sum(type(module) in DeployedBlock.BRANCHES for module in model.modules())
+    assert sum(isinstance(module, DeployedBlock) for module in deployed.modules()) == count > 0
+    assert {key for key in model.state_dict() if key.endswith("weight") and "conv" in key and "norm" not in key} <= set(
+        deployed.state_dict()
+    )
+
+
+def test_blocks_with_more_to_them_are_left_alone():
+    def hooked(model):
+        model.layer2[0].bn2.register_forward_hook(lambda module, inputs, output: output + 1)
+
+    def squeezed(model):
+        model.layer2[0].se = nn.Sigmoid()
+
+    def dropping(model):
+        model.layer2[0].drop_path = nn.Tanh()
+
+    def otherwise_active(model):
+        model.layer2[0].act2 = nn.SiLU()
+
+    for change in (hooked, squeezed, dropping, otherwise_active):
+        model = network("dgc_resnet18")
+        change(model)
+        deployed = deploy(model)
+        assert not isinstance(deployed.layer2[0], DeployedBlock) and isinstance(deployed.layer2[1], DeployedBlock)
+        with torch.no_grad():
+            agree(deployed(images()), model(images()))
 
 
 POOL = dict(kernel_size=3, stride=2, padding=1)

@@ -107,21 +107,24 @@ def layer(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
+    residual: Optional[Tensor] = None,
 ) -> Tensor:
-    """As `layer.plain`, but for two arguments. All but x are contiguous, and in `sums_type` of x's type.
+    """As `layer.plain`, but for some arguments. All but x and the residual, which is of its type, are in `sums_type` of
+    x's type, and all but x are contiguous.
 
     Args:
         excite: [heads, hidden, C].
         filters: of `table`.
         winograd_filters: of `winograd_table`, or empty.
         weight: their shape before, [O, C, kh, kw].
+        residual: of the result's shape, added to it before it is rectified.
     """
     shape = _shape(x.shape, len(squeeze), weight, stride, padding, dilation)
     y = _result(x, shape)
     gating = squeeze, excite, gate_bias, squeeze.shape[1], inactive
     winograd = winograd_filters.numel() > 0 and y.shape[2] > 2  # results come by four, one below the other
     filters = winograd_filters if winograd else filters
-    _call("layer", x.dtype, shape, x, x.stride(0), *gating, filters, scale, shift, bias, rectify, winograd, y)
+    _call("layer", x.dtype, shape, x, x.stride(0), *gating, filters, scale, shift, bias, residual, rectify, winograd, y)
     return y
 
 

@@ -73,21 +73,25 @@ def gated_layer(
     dilation: Pair,
     packed: tuple[Tensor, Tensor, Tensor],
     kept: int,
+    residual: Optional[Tensor] = None,
 ) -> Tensor:
     """As `plain`, but faster where the C++ kernel takes the layer. Gradients flow by way of `plain`.
 
     Args:
         packed: of `pack`.
         kept: C - inactive, for exports, which cannot read a tensor.
+        residual: [B, O, H', W'], for `relu(y + residual)` instead of the y of `plain`.
     """
     arguments = x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation
     if torch.compiler.is_exporting():
-        return exported.gated_layer(*arguments, kept)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return plain(*arguments)
-    if through_dispatcher():
-        return torch.ops.dgc_fastai.gated_layer(*arguments, *packed)
-    return _layer(*arguments, *packed)
+        y = exported.gated_layer(*arguments, kept)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        y = plain(*arguments)
+    elif through_dispatcher():
+        y = torch.ops.dgc_fastai.gated_layer(*arguments, *packed)
+    else:
+        return _layer(*arguments, *packed, residual)
+    return y if residual is None else F.relu(y + residual)
 
 
 def pack(
@@ -105,16 +109,18 @@ def pack(
 
 def _layer(
     x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation,
-    filters, winograd_filters, excite_packed,
+    filters, winograd_filters, excite_packed, residual=None,
 ):  # fmt: skip
     x = cpu.readable(x, filters)
     if cpu.takes_layer(x, filters):
         gating = squeeze, excite_packed, gate_bias, inactive
-        geometry = weight.shape, stride, padding, dilation
-        return cpu.layer(x, scale, shift, *gating, filters, winograd_filters, bias, rectify, *geometry)
-    return plain(
-        x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation
-    )
+        tables, geometry = (filters, winograd_filters), (weight.shape, stride, padding, dilation)
+        if residual is None:
+            return cpu.layer(x, scale, shift, *gating, *tables, bias, rectify, *geometry)
+        residual = residual.to(x.dtype).contiguous()
+        return cpu.layer(x, scale, shift, *gating, *tables, bias, True, *geometry, residual)
+    y = plain(x, scale, shift, squeeze, excite, gate_bias, inactive, weight, bias, rectify, stride, padding, dilation)
+    return y if residual is None else F.relu(y + residual)
 
 
 _library.define(

@@ -64,16 +64,26 @@ struct Samples {
   int64_t x, y;
 };
 
+// y += residual, of so many values, and then rectified, if wanted.
+template <typename S, typename T>
+inline void add_residual(const S* __restrict__ residual, int64_t count, bool rectify, S* __restrict__ y) {
+  for (int64_t p = 0; p < count; ++p) {
+    const T sum = T(y[p]) + T(residual[p]);
+    y[p] = S(rectify ? rectified(sum) : sum);
+  }
+}
+
 // y [batch, filters, heads, y.out, x.out] from x [batch, channels, y.size, x.size], gates [batch, heads, channels] and
 // the table of filters. May be null: scale and shift [channels], for relu(x * scale + shift) instead of x; bias
-// [filters, heads]. With `rectify` y is rectified. S is the type of values in memory, T that of sums.
+// [filters, heads]; residual, of y's shape, which is added to y. With `rectify` y is rectified in the end. S is the type of
+// values in memory, T that of sums.
 //
 // Without gates, null, it is an ordinary group convolution: heads are groups, each of so many channels of its own and
 // with its results side by side: x [batch, heads, channels, ...], y [batch, heads, filters, ...], bias [heads, filters].
 template <typename S, typename T>
 void forward(
     const Shape& n, Samples samples, const S* x, const T* gates, const T* table, const T* scale, const T* shift,
-    const T* bias, bool rectify, S* y) {
+    const T* bias, const S* residual, bool rectify, S* y) {
   constexpr int64_t kSize = Vector<T>::size;
   const int64_t units = n.batch * n.heads, most = gates == nullptr ? n.channels : most_kept(n, gates);
   const int64_t rows = Packing::fitting_rows(n, kPacked, most, sizeof(T), units, at::get_num_threads());
@@ -118,7 +128,8 @@ void forward(
         const T* filters = block_of(n, table, h, f);
         const int64_t output = gates == nullptr ? h * n.filters + f : f * n.heads + h;
         const int64_t next = gates == nullptr ? 1 : n.heads;
-        const auto place = [&](int64_t j) { return y + b * samples.y + (output + j * next) * n.out_area() + row * n.x.out; };
+        const auto offset = [&](int64_t j) { return b * samples.y + (output + j * next) * n.out_area() + row * n.x.out; };
+        const auto place = [&](int64_t j) { return y + offset(j); };
         for (int64_t j = 0; j < width; ++j) biases[j] = bias == nullptr ? T(0) : bias[output + j * next];
         const int64_t straight = direct ? line / kSize * kSize : 0;  // whole vectors go where they belong
         const int64_t near = n.taps() * width + n.y.taps * 4 * kSize;
@@ -138,7 +149,7 @@ void forward(
               }
               block<T, decltype(size)::value, decltype(vectors)::value>(
                   pixels.get() + s * packing.plane + p, packing.plane, packing.offsets, kept.data() + s, some,
-                  filters + r, width, s == 0, rectify && last, biases + r, to, apart);
+                  filters + r, width, s == 0, rectify && last && residual == nullptr, biases + r, to, apart);
             });
           };
           in_threes(straight / kSize, [&](int64_t at, auto vectors) { tile(at * kSize, vectors, true); });
@@ -151,11 +162,12 @@ void forward(
           S* to = place(j);
           if (direct) {
             for (int64_t p = straight; p < line; ++p) to[p] = S(from[p]);
-            continue;
+          } else {
+            for (int64_t r = 0; r < height; ++r, from += packing.pitch) {
+              for (int64_t q = 0; q < n.x.out; ++q) to[r * n.x.out + q] = S(from[q]);
+            }
           }
-          for (int64_t r = 0; r < height; ++r, from += packing.pitch, to += n.x.out) {
-            for (int64_t q = 0; q < n.x.out; ++q) to[q] = S(from[q]);
-          }
+          if (residual != nullptr) add_residual<S, T>(residual + offset(j), height * n.x.out, rectify, to);
         }
       }
     }

@@ -68,22 +68,22 @@ void fill_winograd_table(const Shape& n, const S* weight, T* table) {
   extern "C" void dgc_table_##SUFFIX(const Shape* n, const S* weight, T* table) { fill_table(*n, weight, table); } \
   extern "C" void dgc_forward_##SUFFIX(const Shape* n, const S* x, const T* gates, const T* table, S* y) {        \
     const dgc::Samples samples{n->channels * n->area(), n->heads * n->filters * n->out_area()};                   \
-    dgc::forward<S, T>(*n, samples, x, gates, table, nullptr, nullptr, nullptr, false, y);                        \
+    dgc::forward<S, T>(*n, samples, x, gates, table, nullptr, nullptr, nullptr, nullptr, false, y);               \
   }                                                                                                               \
   extern "C" void dgc_group_##SUFFIX(                                                                             \
       const Shape* n, const S* x, int64_t x_sample, const T* table, const T* bias, S* y, int64_t y_sample) {      \
-    dgc::forward<S, T>(*n, {x_sample, y_sample}, x, nullptr, table, nullptr, nullptr, bias, false, y);            \
+    dgc::forward<S, T>(*n, {x_sample, y_sample}, x, nullptr, table, nullptr, nullptr, bias, nullptr, false, y);   \
   }                                                                                                               \
   extern "C" void dgc_layer_##SUFFIX(                                                                             \
       const Shape* n, const S* x, int64_t x_sample, const T* squeeze, const T* excite, const T* gate_bias,        \
       int64_t hidden, const int64_t* inactive, const T* table, const T* scale, const T* shift, const T* bias,     \
-      int64_t rectify, int64_t minimal, S* y) {                                                                      \
+      const S* residual, int64_t rectify, int64_t winograd, S* y) {                                               \
     std::vector<T> gates(n->batch * n->heads * n->channels);                                                      \
     const dgc::Gating<T> gating{hidden, *inactive, squeeze, excite, gate_bias};                                   \
     dgc::compute_gates<S, T>(*n, x, x_sample, scale, shift, gating, gates.data());                                \
     const dgc::Samples samples{x_sample, n->heads * n->filters * n->out_area()};                                  \
-    const auto convolve = minimal ? dgc::winograd<S, T> : dgc::forward<S, T>;                                     \
-    convolve(*n, samples, x, gates.data(), table, scale, shift, bias, rectify != 0, y);                           \
+    const auto convolve = winograd ? dgc::winograd<S, T> : dgc::forward<S, T>;                                    \
+    convolve(*n, samples, x, gates.data(), table, scale, shift, bias, residual, rectify != 0, y);                 \
   }                                                                                                               \
   extern "C" void dgc_stem_##SUFFIX(                                                                              \
       const Shape* n, const S* x, int64_t sample, const T* table, const T* bias, S* y) {                          \

@@ -148,7 +148,7 @@ void transform_results(
 template <typename S, typename T>
 void winograd(
     const Shape& n, Samples samples, const S* x, const T* gates, const T* table, const T* scale, const T* shift,
-    const T* bias, bool rectify, S* y) {
+    const T* bias, const S* residual, bool rectify, S* y) {
   constexpr int64_t kSize = Vector<T>::size, kPoints = Winograd<T>::kPoints;
   static const T none[kBlock] = {};
   const Shape point = at_point<T>(n);
@@ -157,16 +157,16 @@ void winograd(
       point, 2 * kPacked, most * kPoints, sizeof(T), units, at::get_num_threads());
   const int64_t tiles = (point.y.out + rows - 1) / rows;
   const Packing packing(point, rows);
-  const S* end = x + (n.batch - 1) * samples.x + n.channels * n.area();
+  const S* end_of_x = x + (n.batch - 1) * samples.x + n.channels * n.area();
 
-  at::parallel_for(0, units * tiles, 1, [&](int64_t begin, int64_t from_end) {
+  at::parallel_for(0, units * tiles, 1, [&](int64_t begin, int64_t end) {
     const int64_t pitch = vectors_for<T>(packing.line(point, rows)) * kSize;
     const int64_t plane = most * packing.plane + 4 * kSize;  // of a point
     std::vector<int64_t> kept;
     std::vector<T> pixels(kPoints * plane);
     const std::unique_ptr<T[]> sums(new T[kPoints * kBlock * pitch]);  // not set to zero
     int64_t unit_before = -1;
-    for (int64_t i = begin; i < from_end; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t unit = i / tiles, b = unit / n.heads, h = unit % n.heads, row = i % tiles * rows;
       const int64_t height = std::min(rows, point.y.out - row), vectors = vectors_for<T>(packing.line(point, height));
       const T* gate = gates + unit * n.channels;
@@ -179,11 +179,11 @@ void winograd(
         T* to = pixels.data() + s * packing.plane;
         const T g = gate[c];
         if (scale == nullptr) {
-          transform_pixels(n, packing, row, height, from, end, to, plane, [g](auto v) { return v * g; });
+          transform_pixels(n, packing, row, height, from, end_of_x, to, plane, [g](auto v) { return v * g; });
         } else {
           const T a = scale[c], d = shift[c];
           const auto value = [=](auto v) { return rectified(v * a + d) * g; };
-          transform_pixels(n, packing, row, height, from, end, to, plane, value);
+          transform_pixels(n, packing, row, height, from, end_of_x, to, plane, value);
         }
       }
 
@@ -206,10 +206,15 @@ void winograd(
           }
         }
         for (int64_t j = 0; j < width; ++j) {
-          const int64_t output = (f + j) * n.heads + h;
+          const int64_t output = (f + j) * n.heads + h, offset = b * samples.y + output * n.out_area();
           transform_results(
               n, packing, row, height, sums.get() + j * pitch, kBlock * pitch, bias == nullptr ? T(0) : bias[output],
-              rectify, y + b * samples.y + output * n.out_area());
+              rectify && residual == nullptr, y + offset);
+          if (residual != nullptr) {
+            const int64_t top = row * Winograd<T>::kResults, from = offset + top * n.x.out;
+            const int64_t values = std::min(height * Winograd<T>::kResults, n.y.out - top) * n.x.out;
+            add_residual<S, T>(residual + from, values, rectify, y + from);
+          }
         }
       }
     }
