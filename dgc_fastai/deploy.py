@@ -15,12 +15,14 @@ from torch.nn.modules.utils import _pair
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .conv import DynamicGroupConv2d
-from .models.dgc_densenet import DenseStage
+from .models.dgc_densenet import DenseStage, GroupConv2d
 from .ops import cpu, folded_norm
 from .ops.dense import STEM_CHANNELS, group_conv2d, pack_groups, stem
 from .ops.layer import gated_layer, pack
 
 __all__ = ["DeployedConv2d", "deploy"]
+
+CONVOLUTIONS = nn.Conv2d, GroupConv2d
 
 _logger = logging.getLogger(__name__)
 
@@ -48,10 +50,10 @@ def deploy(model: nn.Module) -> nn.Module:
         if isinstance(module, DynamicGroupConv2d) and _has_statistics(module.norm):
             root.set_submodule(name, DeployedConv2d(module))
     for name, module in list(root.named_modules()):
-        if isinstance(module, DeployedConv2d) or _is_plain(module, nn.Conv2d):
+        if isinstance(module, DeployedConv2d) or _is_plain(module, *CONVOLUTIONS):
             _fold_followers(root, name, followers)
     for name, module in list(root.named_modules()):
-        if _is_plain(module, nn.Conv2d):
+        if _is_plain(module, *CONVOLUTIONS):
             _fold_pooling(root, name, followers)
     for name, module in list(root.named_modules()):
         if isinstance(module, DenseStage):
@@ -59,7 +61,7 @@ def deploy(model: nn.Module) -> nn.Module:
         elif DeployedBlock.takes(module):
             root.set_submodule(name, DeployedBlock(module))
     for name, module in list(root.named_modules()):
-        if not _is_plain(module, nn.Conv2d):
+        if not _is_plain(module, *CONVOLUTIONS):
             continue
         if module.groups == 1:
             # oneDNN's convolutions and PyTorch's pooling are faster so, from the first image on.
@@ -210,7 +212,7 @@ class DeployedBlock(nn.Module):
     @classmethod
     def takes(cls, block: nn.Module) -> bool:
         """Whether a block does nothing else once its norms are folded."""
-        if not any(_is_plain(block, kind) for kind in cls.BRANCHES):
+        if not _is_plain(block, *cls.BRANCHES):
             return False
         last, (norm, act) = cls.BRANCHES[type(block)][-1], cls.REST[type(block)]
         conv = getattr(block, last)
@@ -274,14 +276,14 @@ def _is_padded_by_zeros(conv: nn.Conv2d) -> bool:
     return isinstance(conv.padding, tuple) and conv.padding_mode == "zeros"
 
 
-def _is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether it does what its kind does, and nothing besides."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+def _is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether it does what one of these kinds does, and nothing besides."""
+    return type(module) in kinds and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        kinds = DynamicGroupConv2d, BatchNormAct2d, nn.modules.batchnorm._BatchNorm
+        kinds = DynamicGroupConv2d, GroupConv2d, BatchNormAct2d, nn.modules.batchnorm._BatchNorm
         return isinstance(module, kinds) or super().is_leaf_module(module, name)
 
 

@@ -16,11 +16,11 @@ from fastai.optimizer import SGD
 from golden import equal_states, evaluating, group, loaders, read, tiny_densenet
 from torch.testing import assert_close
 
-from dgc_fastai import AnnealGates, conv, set_progress
+from dgc_fastai import AnnealGates, set_progress
 from dgc_fastai.checkpoint import _translate
 from dgc_fastai.conv import dgc_layers, num_inactive
 from dgc_fastai.learner import assemble, fit
-from dgc_fastai.ops import reference
+from dgc_fastai.ops import use_formulation
 from dgc_fastai.recipe import Recipe
 
 
@@ -90,18 +90,18 @@ def golden_run(golden, metadata, threads, perturbed):
     return [torch.tensor(column) for column in zip(*spy.steps)]
 
 
-def test_training_follows_the_reference_for_eight_steps(monkeypatch):
+def test_training_follows_the_reference_for_eight_steps():
     golden, metadata = read("tiny_dydensenet.safetensors")
     # So early, gates are biases, all but 1, and differ by a few last bits. Which of two is smaller is then a matter of
     # rounding, in the reference's own code, too, and the losses part by some 1e-3 from the next step on. So take the
     # reference's formulation, and try other orders of summation, then changes in the last bit of a few pixels;
     # neither can bring another method nearer.
-    monkeypatch.setattr(conv, "gated_conv2d", reference.gated_conv2d)
     channels = [layer.in_channels for layer in dgc_layers(tiny_densenet())]
-    roundings = [(4, 0), (2, 0), (1, 0), (3, 0), (8, 0)] + [(torch.get_num_threads(), 1e-3)] * 35
+    roundings = [(4, 0), (2, 0), (1, 0), (3, 0), (8, 0)] + [(torch.get_num_threads(), 1e-3)] * 8
     followed = 0
     for threads, perturbed in roundings:
-        loss, lasso, lr, progress, inactive = golden_run(golden, metadata, threads, perturbed)
+        with use_formulation("reference"):
+            loss, lasso, lr, progress, inactive = golden_run(golden, metadata, threads, perturbed)
         n = len(loss)
         assert_close(progress, torch.arange(n) / 24)
         assert_close(lr.float(), golden["train.lr"][:n], rtol=1e-6, atol=1e-9)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_ops import run
 
 from dgc_fastai.ops import cpu, gated_conv2d, per_sample, use_formulation
+from dgc_fastai.ops.dense import TrainedGroupConv, trains_group_conv
 from dgc_fastai.ops.layer import pack
 from dgc_fastai.ops.layer import plain as plain_layer
 
@@ -217,6 +218,34 @@ def _close(number, setting, ours, theirs):
 
 
 @needs_compiler
+def test_200_random_group_convolutions():
+    group_convolutions_agree(200)
+
+
+def group_convolutions_agree(count):
+    draw = random.Random(2)
+    torch.manual_seed(2)
+    for _ in range(count):
+        dtype = draw.choice([torch.float32, torch.float64])
+        groups, taps = draw.randint(2, 6), (draw.choice([1, 2, 3, 5]), draw.choice([1, 3, 4]))
+        stride, dilation = (draw.randint(1, 3), draw.randint(1, 2)), (draw.randint(1, 2), draw.randint(1, 3))
+        padding, size = (draw.randint(0, 3), draw.randint(0, 2)), (draw.randint(9, 20), draw.randint(10, 30))
+        x = torch.randn(draw.randint(0, 3), groups * draw.choice([1, 2, 5, 8, 32]), *size, dtype=dtype)
+        filters = groups * draw.choice([1, 2, 3, 4, 9, 16, 33])
+        weight = torch.randn(filters, x.shape[1] // groups, *taps, dtype=dtype)
+        leaves = x.requires_grad_(), weight.requires_grad_()
+        assert trains_group_conv(*leaves, groups)
+        expected = F.conv2d(*leaves, None, stride, padding, dilation, groups)
+        y = TrainedGroupConv.apply(*leaves, groups, stride, padding, dilation)
+        grad = torch.randn_like(y)
+        parts = (y, *torch.autograd.grad(y, leaves, grad)), (expected, *torch.autograd.grad(expected, leaves, grad))
+        for ours, theirs in zip(*parts):
+            limit = 1e-5 if dtype == torch.float32 else 1e-12
+            scale = max(1.0, float(theirs.detach().abs().max())) if theirs.numel() else 1.0
+            torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit * scale)
+
+
+@needs_compiler
 def test_200_random_layers_by_winograd():
     """Against the definition; beside them the same layers as they are without, and both with what a shortcut brings."""
     layers_by_winograd_agree(200)
@@ -264,7 +293,7 @@ def layers_by_winograd_agree(count):
         for y in ys:
             torch.testing.assert_close(
                 y.double(), expected, rtol=0, atol=limit * scale,
-                msg=lambda message: f"layer {number}, {dtype}, {tuple(x.shape)}, {tuple(weight.shape)}: {message}",
+                msg="layer {}, {}, {}, {}: {{}}".format(number, dtype, tuple(x.shape), tuple(weight.shape)).format,
             )  # fmt: skip
 
 
@@ -320,6 +349,7 @@ def test_vectors_of_other_processors(not_built, monkeypatch, flags):
     monkeypatch.setattr(cpu, "VECTORS", {torch.backends.cpu.get_cpu_capability(): flags})
     agree_on_random_layers(300)
     layers_by_winograd_agree(100)
+    group_convolutions_agree(100)
 
 
 @needs_compiler

@@ -3,10 +3,12 @@
 from timm.models._features_fx import register_notrace_module
 
 from ..conv import DynamicGroupConv2d
-from .dgc_densenet import DGCDenseNet
+from .dgc_densenet import DGCDenseNet, GroupConv2d
 from .dgc_mobilenet import DGCMobileNetV2
 from .dgc_resnet import DGCResNet
 
-register_notrace_module(DynamicGroupConv2d)  # fx feature extraction takes the layer as a leaf
+# fx feature extraction takes these as leaves
+register_notrace_module(DynamicGroupConv2d)
+register_notrace_module(GroupConv2d)
 
 __all__ = ["DGCDenseNet", "DGCMobileNetV2", "DGCResNet"]

@@ -17,23 +17,40 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..conv import DynamicGroupConv2d
+from ..ops.dense import TrainedGroupConv, trains_group_conv
 from ._blocks import Connection, GatedModel, connect
 from ._registration import imagenet_cfg, register_network, with_twins
 
-__all__ = ["DGCDenseNet"]
+__all__ = ["DGCDenseNet", "GroupConv2d"]
+
+
+class GroupConv2d(nn.Conv2d):
+    """As `nn.Conv2d`; on a CPU the C++ kernel trains it, several times as fast, if its groups are of a few channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self.bias is None and trains_group_conv(x, self.weight, self.groups):
+                return TrainedGroupConv.apply(x, self.weight, self.groups, self.stride, self.padding, self.dilation)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 class NormReluConv(nn.Sequential):
     """Batch norm, ReLU, convolution: what a DGC layer replaces when the convolution is 1x1."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, groups: int = 1):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        groups: int = 1,
+        conv: type[nn.Conv2d] = nn.Conv2d,
+    ):
+        padding = kernel_size // 2
         super().__init__(
             OrderedDict(
                 norm=nn.BatchNorm2d(in_channels),
                 act=nn.ReLU(inplace=True),
-                conv=nn.Conv2d(
-                    in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups, bias=False
-                ),
+                conv=conv(in_channels, out_channels, kernel_size, padding=padding, groups=groups, bias=False),
             )
         )
 
@@ -160,6 +177,7 @@ class DGCDenseNet(GatedModel):
             block.conv = connect(block.conv, connection, **gating)
             return block
 
+        grouped = GroupConv2d if connection == "dgc" else nn.Conv2d  # twins are what PyTorch makes of them
         channels, reduction = 2 * growth[0], stem_stride
         self.stem = nn.Conv2d(in_chans, channels, 3, stride=stem_stride, padding=1, bias=False)
         self.stages = nn.Sequential()
@@ -168,7 +186,7 @@ class DGCDenseNet(GatedModel):
             layers = []
             for _ in range(depth):
                 width = bottleneck * rate
-                conv2 = NormReluConv(width, rate, kernel_size=3, groups=group_3x3)
+                conv2 = NormReluConv(width, rate, kernel_size=3, groups=group_3x3, conv=grouped)
                 layers.append(DenseLayer(conv1x1(channels, width), conv2))
                 channels += rate
             self.stages.append(DenseStage(layers, index > 0, memory_efficient))

@@ -45,6 +45,11 @@ def gated_conv2d(
     return torch.ops.dgc_fastai.gated_conv2d(x, gates, weight, scale, shift, stride, padding, dilation)
 
 
+def forced() -> Optional[str]:
+    """The formulation of `use_formulation`, if any."""
+    return _forced
+
+
 def through_dispatcher() -> bool:
     """Whether somebody wants to see an operator; otherwise the dispatcher would take as long as a small layer."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0

@@ -158,6 +158,19 @@ def group(
     return y
 
 
+def group_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, groups: int, stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[Tensor, Tensor]:
+    """Gradients of an ordinary group convolution for x and weight [O, C / groups, kh, kw]."""
+    (batch, channels, *sides) = x.shape
+    shape = _shape((batch, channels // groups, *sides), groups, weight.shape, stride, padding, dilation)
+    dx, dweight, grad = torch.zeros_like(x), torch.empty_like(weight), grad.contiguous()
+    _call("backward_inputs", x.dtype, shape, grad, x, None, group_table(weight, groups), dx, None)
+    across = x.new_empty(_call("across", x.dtype, shape))
+    _call("backward_filters", x.dtype, shape, grad, x, None, across, dweight)
+    return dx, dweight
+
+
 def stem(
     x: Tensor,
     filters: Tensor,

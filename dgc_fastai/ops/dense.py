@@ -1,19 +1,21 @@
-"""Convolutions without gates, in inference, where the C++ kernel is faster than oneDNN: in groups of a few channels,
-and in the stem of a network, of which only what has been pooled goes through the memory."""
+"""Convolutions without gates where the C++ kernel is faster than oneDNN: in groups of a few channels, and in inference
+in the stem of a network, of which only what has been pooled goes through the memory."""
 
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import _library, cpu, per_sample, through_dispatcher
+from . import _library, cpu, forced, per_sample, through_dispatcher
 from .per_sample import Pair
 
-__all__ = ["STEM_CHANNELS", "group_conv2d", "pack_groups", "stem"]
+__all__ = ["STEM_CHANNELS", "TrainedGroupConv", "group_conv2d", "pack_groups", "stem", "trains_group_conv"]
 
 STEM_CHANNELS = 4  # of images; for more of them oneDNN is the faster one
+GROUP_CHANNELS = 32  # of a group in training, likewise
 
 
 def group_conv2d(
@@ -39,6 +41,39 @@ def group_conv2d(
         y = torch.ops.dgc_fastai.group_conv2d(x, weight, bias, groups, stride, padding, dilation, packed)
         return y if out is None else out.copy_(y)
     return _group_conv2d(x, weight, bias, groups, stride, padding, dilation, packed, out)
+
+
+def trains_group_conv(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether `TrainedGroupConv` is there and the faster one; not where somebody wants to see PyTorch's operator, or to
+    have its second derivatives."""
+    return (
+        not through_dispatcher()  # first, since torch.compile cannot look into the rest
+        and 1 < groups
+        and weight.shape[1] <= GROUP_CHANNELS
+        and torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+        and x.dtype in (torch.float32, torch.float64)
+        and cpu.takes(x, weight)
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forced() != "reference"
+    )
+
+
+class TrainedGroupConv(torch.autograd.Function):
+    """An ordinary group convolution by the C++ kernel, and its gradients: `apply(x, weight, groups, stride, padding,
+    dilation)` with x [B, C, H, W] and weight [O, C / groups, kh, kw]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, groups, *geometry):
+        ctx.save_for_backward(x, weight)
+        ctx.arguments = groups, *geometry
+        return cpu.group(x, cpu.group_table(weight, groups), None, groups, weight.shape, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *cpu.group_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
 
 
 def stem(

@@ -125,12 +125,29 @@ inline T scatter(
   return sum;
 }
 
-// dx and dgates, both given as zeros, from the gradients dy of y; the other arguments as in `forward`.
+// Where what belongs to a head lies, in x, y and the filters as they are stored: heads, which see all channels and whose
+// results are interleaved, or groups, where there are no gates.
+struct Places {
+  const Shape& n;
+  bool groups;
+
+  int64_t channel(int64_t b, int64_t h, int64_t c) const {
+    return (groups ? (b * n.heads + h) * n.channels + c : b * n.channels + c) * n.area();
+  }
+  int64_t filter(int64_t h, int64_t f) const { return groups ? h * n.filters + f : f * n.heads + h; }
+  int64_t result(int64_t b, int64_t h, int64_t f) const {
+    return (b * n.heads * n.filters + filter(h, f)) * n.out_area();
+  }
+};
+
+// dx and dgates, both given as zeros, from the gradients dy of y; the other arguments as in `forward`. Without gates, null,
+// those of a group convolution, and dgates null, too.
 template <typename T>
 void backward_inputs(
     const Shape& n, const T* dy, const T* x, const T* gates, const T* table, T* dx, T* dgates) {
   constexpr int64_t kSize = Vector<T>::size;
-  const int64_t most = most_kept(n, gates), threads = at::get_num_threads();
+  const Places places{n, gates == nullptr};
+  const int64_t most = places.groups ? n.channels : most_kept(n, gates), threads = at::get_num_threads();
   // A sample's heads add to the same dx. Where there are too few samples, threads share one by its channels.
   const int64_t parts = n.batch >= threads ? 1 : std::min(threads, n.channels);
   const GradientPacking one(n, 1);
@@ -156,12 +173,12 @@ void backward_inputs(
           const int64_t unit = b * n.heads + h;
           kept.clear();
           for (int64_t c = from; c < to; ++c) {
-            if (gates[unit * n.channels + c] != T(0)) kept.push_back(c);
+            if (places.groups || gates[unit * n.channels + c] != T(0)) kept.push_back(c);
           }
           const int64_t count = kept.size();
           if (count == 0) continue;
           for (int64_t f = 0; f < n.filters; ++f) {
-            const T* found = dy + ((b * n.filters + f) * n.heads + h) * n.out_area();
+            const T* found = dy + places.result(b, h, f);
             packing.copy(n, top, found, gradients.data() + f * packing.plane);
           }
           filters.resize(count);
@@ -186,14 +203,14 @@ void backward_inputs(
               });
             }
             for (int64_t s = 0; s < count; ++s) {
-              const int64_t c = kept[s], channel = (b * n.channels + c) * n.area();
-              const T gate = gates[unit * n.channels + c];
+              const int64_t c = kept[s], channel = places.channel(b, h, c);
+              const T gate = places.groups ? T(1) : gates[unit * n.channels + c];
               T sum = 0;
               for (int64_t r = y0; r < y1; ++r) {
                 const int64_t at = channel + n.y.pixel(r, phase.a) * n.x.size + n.x.pixel(x0, phase.b);
                 sum += scatter(sums.data() + s * pitch + (r - y0) * packing.pitch, x1 - x0, n.x.stride, gate, x + at, dx + at);
               }
-              dgates[unit * n.channels + c] += sum;
+              if (!places.groups) dgates[unit * n.channels + c] += sum;
             }
           }
         }
@@ -250,10 +267,11 @@ struct FilterGroups {
   }
 };
 
-// dweight [filters, heads, channels, taps] from x, gates and dy as in `backward_inputs`. `across` is room for
+// dweight, as weight is stored, from x, gates and dy as in `backward_inputs`. `across` is room for
 // [heads, groups, batch, out_area, width] values.
 template <typename T>
 void backward_filters(const Shape& n, const T* dy, const T* x, const T* gates, T* across, T* dweight) {
+  const Places places{n, gates == nullptr};
   const FilterGroups<T> groups(n);
   const int64_t area = n.out_area(), width = groups.width, taps = n.taps();
   at::parallel_for(0, n.heads * groups.count * n.batch, 1, [&](int64_t begin, int64_t end) {
@@ -265,7 +283,7 @@ void backward_filters(const Shape& n, const T* dy, const T* x, const T* gates, T
           for (int64_t p = 0; p < area; ++p) to[p * width + j] = T(0);
           continue;
         }
-        const T* from = dy + ((b * n.filters + f + j) * n.heads + h) * area;
+        const T* from = dy + places.result(b, h, f + j);
         for (int64_t p = 0; p < area; ++p) to[p * width + j] = from[p];
       }
     }
@@ -285,9 +303,10 @@ void backward_filters(const Shape& n, const T* dy, const T* x, const T* gates, T
       for (int64_t start = 0; start < n.batch; start += samples) {
         for (int64_t c = from; c < to; ++c) {
           for (int64_t b = start; b < std::min(start + samples, n.batch); ++b) {
-            const T gate = gates[(b * n.heads + h) * n.channels + c];
+            const T gate = places.groups ? T(1) : gates[(b * n.heads + h) * n.channels + c];
             if (gate == T(0)) continue;
-            packing.copy(n, 0, n.y.out, x + (b * n.channels + c) * n.area(), pixels.data(), [gate](T v) { return v * gate; });
+            const T* channel = x + places.channel(b, h, c);
+            packing.copy(n, 0, n.y.out, channel, pixels.data(), [gate](T v) { return v * gate; });
             const T* gradients = across + (group * n.batch + b) * area * width;
             T* result = sums.data() + (c - from) * taps * width;
             int64_t t = 0;
@@ -321,7 +340,7 @@ void backward_filters(const Shape& n, const T* dy, const T* x, const T* gates, T
       }
       for (int64_t c = from; c < to; ++c) {
         for (int64_t j = 0; j < std::min(width, n.filters - f); ++j) {
-          T* out = dweight + (((f + j) * n.heads + h) * n.channels + c) * taps;
+          T* out = dweight + (places.filter(h, f + j) * n.channels + c) * taps;
           const T* found = sums.data() + (c - from) * taps * width + j;
           for (int64_t t = 0; t < taps; ++t) out[t] = found[t * width];
         }
