@@ -125,8 +125,8 @@ inline T scatter(
   return sum;
 }
 
-// Where what belongs to a head lies, in x, y and the filters as they are stored: heads, which see all channels and whose
-// results are interleaved, or groups, where there are no gates.
+// Where what belongs to a head lies, in x, y and the filters as they are stored: heads see all channels, and their
+// results are interleaved; groups, where there are no gates, have channels of their own.
 struct Places {
   const Shape& n;
   bool groups;
@@ -140,8 +140,8 @@ struct Places {
   }
 };
 
-// dx and dgates, both given as zeros, from the gradients dy of y; the other arguments as in `forward`. Without gates, null,
-// those of a group convolution, and dgates null, too.
+// dx and dgates, both given as zeros, from the gradients dy of y; the other arguments as in `forward`. Without gates,
+// null, as dgates is then, too, those of a group convolution.
 template <typename T>
 void backward_inputs(
     const Shape& n, const T* dy, const T* x, const T* gates, const T* table, T* dx, T* dgates) {

@@ -1,5 +1,5 @@
-// What many networks start with: an ordinary convolution of a few channels, ReLU, and max pooling (3x3, stride 2, border
-// 1). What the convolution yields is four times as much as what is left of it, and is not written to memory.
+// What many networks start with: an ordinary convolution of a few channels, ReLU, and max pooling (3x3, stride 2,
+// border 1). What the convolution yields is four times as much as what is left of it, and is not written to memory.
 
 #pragma once
 
@@ -13,7 +13,7 @@ inline T larger(T a, T b) {
   return a > b || a != a ? a : b;
 }
 
-// to[q] = the largest of what q's window sees of three rows of `width` values each. `line` is room for width + 3 values.
+// to[q] = the largest of what q's window sees of three rows of `width` values each. `line` is room for width + 3.
 template <typename S, typename T>
 inline void pool_row(const T* const (&rows)[3], int64_t width, T* __restrict__ line, S* __restrict__ to) {
   // All that is pooled has been rectified, or is by this border.

@@ -1,9 +1,10 @@
-// The convolution for filters three taps high, in half the multiplications: Winograd's minimal filtering (Lavin and Gray,
-// "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) of columns.
+// The convolution for filters three taps high, in half the multiplications: Winograd's minimal filtering (Lavin and
+// Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016) of columns.
 //
-// Four results one below the other see six pixels. Those of a kept channel, scaled by its gate, are transformed into six
-// points; so are the filters, when a network is deployed. At each point runs a convolution by filters one tap high, and
-// what it yields at six points is transformed into four results: 6 products a filter's column where there were 4 x 3.
+// Four results one below the other see six pixels. Those of a kept channel, scaled by its gate, are transformed into
+// six points; so are the filters, when a network is deployed. At each point runs a convolution by filters one tap high,
+// and what it yields at six points is transformed into four results: 6 products a filter's column where there were
+// 4 x 3.
 // Rows need no transform, so that pixels stay as they lie, and filters take twice their room and not four times.
 //
 // A pixel that is not finite spoils all results of its six: those of a layer whose gates it has spoilt before.
@@ -51,10 +52,6 @@ struct Winograd {
     to[5] = bottom;
   }
 };
-
-inline bool is_winograd(const Shape& n) {
-  return n.y.taps == 3 && n.y.stride == 1 && n.y.dilation == 1 && n.x.stride == 1;
-}
 
 // The convolution at a point: its rows are rows of `Winograd::kResults` results.
 template <typename T>
@@ -144,7 +141,7 @@ void transform_results(
   }
 }
 
-// As `forward`, of such a shape, with gates, and with the table of `winograd_table`.
+// As `forward`, for filters three taps high without stride, with gates, and with the table of `winograd_table`.
 template <typename S, typename T>
 void winograd(
     const Shape& n, Samples samples, const S* x, const T* gates, const T* table, const T* scale, const T* shift,
