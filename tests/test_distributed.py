@@ -30,7 +30,7 @@ from dgc_fastai.run import train
 ROOT = Path(__file__).parents[1]
 TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]  # and how many
-EPOCHS = 36  # more than can be trained before the last kill
+EPOCHS = 60  # more than can be trained before the last kill
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -163,7 +163,7 @@ class Launch:
 
 
 def test_killed_processes_lead_to_a_resumed_run(tmp_path):
-    chance, kills = random.Random(0), 3
+    chance, kills = random.Random(0), 5
     launch = Launch(tmp_path, f"train.epochs={EPOCHS}", restarts=kills)
     for number in range(1, kills + 1):
         launch.wait_for(rf"(?s)(train loss.*){{{number}}}")
