@@ -73,13 +73,13 @@ def select_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and launch.processes() > 1:
-        name = f"cuda:{launch.local_rank()}"
     kind = name.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device: {name}, but this installation of torch cannot use CUDA; use device=cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise RecipeError(f"device: {name}, but this installation of torch cannot use it; use device=cpu")
+    if name == "cuda":  # torch.cuda.set_device needs an index
+        name = f"cuda:{launch.local_rank()}"
     return torch.device(name)
 
 
