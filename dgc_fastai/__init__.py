@@ -1,34 +1,99 @@
-"""Dynamic Group Convolution (ECCV 2020) for fastai and timm. Importing it registers the models with timm."""
+"""Dynamic Group Convolution (ECCV 2020) for fastai and timm.
 
-import os as _os
+Public names are loaded when first used, so `import dgc_fastai` costs nothing. The networks are known to
+`timm.create_model` once both packages are imported, in either order.
+"""
 
-# app.py sets this while it checks a recipe, so that a mistake is answered before torch is imported.
-if "DGC_FASTAI_RECIPE_ONLY" not in _os.environ:
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
     from . import models
-    from .budget import budget
-    from .callbacks import AnnealGates
-    from .checkpoint import load_checkpoint, save_checkpoint
-    from .conv import DynamicGroupConv2d, gate_penalty, set_progress
-    from .convert import convert
-    from .deploy import deploy
-    from .errors import CheckpointError, RecipeError
-    from .learner import build_learner, dgc_learner
-    from .recipe import load_recipe
+    from .compression.conversion import convert
+    from .inference.deploy import deploy
+    from .layers.dynamic_group_conv import DynamicGroupConv2d, gate_penalty, set_progress
+    from .models.checkpoints import load_checkpoint, save_checkpoint
+    from .models.cost import budget
+    from .recipe.loading import load_recipe
+    from .training.callbacks import AnnealGates
+    from .training.learner import build_learner, dgc_learner
+    from .utils.errors import CheckpointError, RecipeError
 
-    __all__ = [
-        "AnnealGates",
-        "CheckpointError",
-        "DynamicGroupConv2d",
-        "RecipeError",
-        "budget",
-        "build_learner",
-        "convert",
-        "deploy",
-        "dgc_learner",
-        "gate_penalty",
-        "load_checkpoint",
-        "load_recipe",
-        "models",
-        "save_checkpoint",
-        "set_progress",
-    ]
+__version__ = "0.1.0"
+__all__ = [
+    "AnnealGates",
+    "CheckpointError",
+    "DynamicGroupConv2d",
+    "RecipeError",
+    "budget",
+    "build_learner",
+    "convert",
+    "deploy",
+    "dgc_learner",
+    "gate_penalty",
+    "load_checkpoint",
+    "load_recipe",
+    "models",
+    "save_checkpoint",
+    "set_progress",
+]
+
+_MODULES = {
+    "AnnealGates": "training.callbacks",
+    "CheckpointError": "utils.errors",
+    "DynamicGroupConv2d": "layers.dynamic_group_conv",
+    "RecipeError": "utils.errors",
+    "budget": "models.cost",
+    "build_learner": "training.learner",
+    "convert": "compression.conversion",
+    "deploy": "inference.deploy",
+    "dgc_learner": "training.learner",
+    "gate_penalty": "layers.dynamic_group_conv",
+    "load_checkpoint": "models.checkpoints",
+    "load_recipe": "recipe.loading",
+    "save_checkpoint": "models.checkpoints",
+    "set_progress": "layers.dynamic_group_conv",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "models":
+        return importlib.import_module(".models", __name__)
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
+    """Imports `dgc_fastai.models`, which registers the networks, right after timm itself."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("timm")
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            importlib.import_module(f"{__name__}.models")
+
+        setattr(spec.loader, "exec_module", exec_module)
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module(".models", __name__)
+else:
+    sys.meta_path.insert(0, _RegisterAfterTimm())

@@ -20,3 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+from helpers.command_line import app  # noqa: E402, F401  (a fixture)

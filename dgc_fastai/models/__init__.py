@@ -2,8 +2,9 @@
 
 from timm.models._features_fx import register_notrace_module
 
-from ..conv import DynamicGroupConv2d
-from .dgc_densenet import DGCDenseNet, GroupConv2d
+from ..layers.dynamic_group_conv import DynamicGroupConv2d
+from ..layers.group_conv import GroupConv2d
+from .dgc_densenet import DGCDenseNet
 from .dgc_mobilenet import DGCMobileNetV2
 from .dgc_resnet import DGCResNet
 

@@ -8,36 +8,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..conv import DynamicGroupConv2d
+from ..layers.dynamic_group_conv import DynamicGroupConv2d
+from ..layers.group_conv import StaticGroupConv2d
 
-__all__ = ["Connection", "GatedModel", "StaticGroupConv2d", "connect"]
+__all__ = ["Connection", "GatedModel", "connect"]
 
 Connection = Literal["dgc", "dense", "sgc"]
-
-
-class StaticGroupConv2d(nn.Sequential):
-    """An ordinary group convolution whose groups are interleaved as the heads of a DGC layer are (ShuffleNet's
-    channel shuffle), so that the next one's groups see something of each.
-
-    Raises:
-        ValueError: heads does not divide the channels.
-    """
-
-    def __init__(self, conv: nn.Conv2d, heads: int):
-        for side, channels in (("input", conv.in_channels), ("output", conv.out_channels)):
-            if heads < 1 or channels % heads:
-                raise ValueError(f"heads={heads} does not divide the {channels} {side} channels of a group convolution")
-        grouped = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            groups=heads,
-            bias=conv.bias is not None,
-        )
-        super().__init__(grouped.to(device=conv.weight.device, dtype=conv.weight.dtype), nn.ChannelShuffle(heads))
 
 
 def connect(conv: nn.Conv2d, connection: Connection, preact: bool = True, **gating) -> nn.Module:

@@ -16,22 +16,12 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..conv import DynamicGroupConv2d
-from ..ops.dense import TrainedGroupConv, trains_group_conv
+from ..layers.dynamic_group_conv import DynamicGroupConv2d
+from ..layers.group_conv import GroupConv2d
 from ._blocks import Connection, GatedModel, connect
 from ._registration import imagenet_cfg, register_network, with_twins
 
-__all__ = ["DGCDenseNet", "GroupConv2d"]
-
-
-class GroupConv2d(nn.Conv2d):
-    """As `nn.Conv2d`; on a CPU the C++ kernel trains it, several times as fast, if its groups are of a few channels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if self.bias is None and trains_group_conv(x, self.weight, self.groups):
-                return TrainedGroupConv.apply(x, self.weight, self.groups, self.stride, self.padding, self.dilation)
-        return self._conv_forward(x, self.weight, self.bias)
+__all__ = ["DGCDenseNet"]
 
 
 class NormReluConv(nn.Sequential):

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import _library, cpu, forced, per_sample, through_dispatcher
-from .per_sample import Pair
+from .backends import cpu, per_sample
+from .backends.per_sample import Pair
+from .gated_conv2d import _library, forced, through_dispatcher
 
 __all__ = ["STEM_CHANNELS", "TrainedGroupConv", "group_conv2d", "pack_groups", "stem", "trains_group_conv"]
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
-from . import _library, cpu, exported, gated_conv2d, per_sample, through_dispatcher
+from .backends import cpu, exported, per_sample
+from .backends.per_sample import Pair
+from .gated_conv2d import _library, gated_conv2d, through_dispatcher
 from .gates import drop_smallest, head_gates, pool
-from .per_sample import Pair
 from .reference import apply_norm
 
 __all__ = ["gated_layer", "pack", "plain"]

@@ -1,0 +1,128 @@
+"""DGC for networks that were made without it: any CNN of timm, torchvision or one's own."""
+
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Optional, Union
+
+import torch
+import torch.nn as nn
+
+from ..layers.dynamic_group_conv import DynamicGroupConv2d, squeezed_channels
+from ..models.cost import budget
+
+__all__ = ["convert"]
+
+_logger = logging.getLogger(__name__)
+
+
+def convert(
+    model: nn.Module,
+    heads: int = 4,
+    gate_factor: float = 0.25,
+    skip: Union[str, Sequence[str]] = (),
+    squeeze_rate: int = 16,
+    input_size: Optional[Sequence[int]] = None,
+) -> nn.Module:
+    """Replace the convolutions of a CNN by DGC layers that keep their weights.
+
+    The network then computes what it did before: all gates start open, and within 1e-5 of one. Train it further with
+    `AnnealGates`, or `set_progress` and `gate_penalty`, and they learn which channels each image needs while they
+    close. Norms and activations stay where the network has them.
+
+    Left as they are: convolutions with groups, with fewer than eight input channels, such as the first, or with a
+    number of output channels that heads does not divide; those that see a single pixel, as in squeeze-and-excitation
+    and in heads; subclasses of `nn.Conv2d`, and convolutions with hooks, that do more than convolve. Each one and its
+    reason goes to the log, at level INFO. Networks whose branches are merged after training, such as RepVGG and
+    MobileOne, are to be merged before.
+
+    Args:
+        model: changed in place. Optimisers of its parameters have to be made anew.
+        heads, gate_factor, squeeze_rate: of every DGC layer, see `DynamicGroupConv2d`.
+        skip: names of modules to leave as they are, with wildcards: `"layer1.*"`.
+        input_size: (channels, height, width) of the images it is for; by default those of timm's `default_cfg`, or
+            224 px.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: there is no convolution to replace, heads is less than 1 or squeeze_rate less than 2, gate_factor
+            is outside (0, 1], or the network does not take such images. The model is then as it was.
+    """
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    if heads < 1 or squeeze_rate < 2:
+        raise ValueError(f"heads={heads} or squeeze_rate={squeeze_rate} is too small")
+    counted = budget(model, input_size or _input_size(model)).layers
+    shapes = {model.get_submodule(layer.name): layer.output for layer in counted}
+    layers: dict[nn.Module, DynamicGroupConv2d] = {}
+    replaced, left = [], []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, nn.Conv2d):
+            continue
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            reason = "skipped"
+        else:
+            reason = _reason_against(module, shapes.get(module), heads, squeeze_rate)
+        if reason:
+            left.append(f"{name}: {reason}")
+            continue
+        if module not in layers:  # a convolution that two parents share stays shared
+            layers[module] = _gated(module, heads, gate_factor, squeeze_rate)
+        replaced.append((name, layers[module]))
+    if not replaced:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution to convert" + (f" ({'; '.join(left[:3])})" if left else "")
+        )
+    for name, layer in replaced:
+        model.set_submodule(name, layer)
+    _logger.info("converted %d of %d convolutions", len(replaced), len(replaced) + len(left))
+    for line in left:
+        _logger.info("left %s", line)
+    return model
+
+
+def _input_size(model: nn.Module) -> tuple[int, ...]:
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    area = (getattr(model, "default_cfg", None) or {}).get("input_size", (3, 224, 224))[1:]
+    return first.in_channels if first else 3, *area
+
+
+def _reason_against(conv: nn.Conv2d, output: Optional[tuple[int, ...]], heads: int, squeeze_rate: int) -> Optional[str]:
+    """Why a convolution cannot become a DGC layer, or should not."""
+    if type(conv) is not nn.Conv2d:
+        return f"a {type(conv).__name__}, not an ordinary convolution"
+    if conv._forward_hooks or conv._forward_pre_hooks:
+        return "it has hooks"
+    if output is None:
+        return "it is not called as a module"
+    if conv.groups > 1:
+        return f"it has {conv.groups} groups"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return "its padding is not plain zeros"
+    if conv.in_channels < 8 or squeezed_channels(conv.in_channels, squeeze_rate) < 1:
+        return f"{conv.in_channels} input channels are too few to choose from"
+    if conv.out_channels % heads:
+        return f"heads={heads} does not divide its {conv.out_channels} output channels"
+    if output[-2:] == (1, 1):
+        return "it sees a single pixel"
+    return None
+
+
+# How far apart gates start, from the channel with the smallest filters to the one with the largest. Gates that were all
+# equal would be dropped together, as ties are; these are, before they are trained, in the order of magnitude pruning.
+SPREAD = 2e-5
+
+
+@torch.no_grad()
+def _gated(conv: nn.Conv2d, heads: int, gate_factor: float, squeeze_rate: int) -> DynamicGroupConv2d:
+    """A DGC layer that computes what a convolution does, with its very parameters."""
+    layer = DynamicGroupConv2d.like(conv, heads=heads, gate_factor=gate_factor, squeeze_rate=squeeze_rate, preact=False)
+    layer.weight, layer.bias = conv.weight, conv.bias
+    layer.gates.excite.zero_()
+    filters = conv.weight.float().unflatten(0, (-1, heads)).flatten(3)  # [O / heads, heads, C, kh * kw]
+    order = filters.square().sum((0, 3)).argsort(-1).argsort(-1)  # [heads, C], 0 for the smallest
+    gates = 1 + SPREAD * (order / (conv.in_channels - 1) - 0.5)
+    layer.gates.bias.copy_(gates)
+    layer.weight.copy_((filters / gates.unsqueeze(-1)).reshape_as(layer.weight))  # gate x filter is what it was
+    return layer.train(conv.training)

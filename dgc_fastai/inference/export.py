@@ -1,0 +1,79 @@
+"""Networks in formats that others can load: torch.export and ONNX."""
+
+import io
+from pathlib import Path
+
+import torch
+
+from ..data.loaders import input_size
+from ..utils.errors import RecipeError, UserError
+from ..utils.files import write_atomically
+from .deploy import deploy
+from .predict import Trained
+
+
+def export(trained: Trained, path: Path) -> float:
+    """Write a network for use without this package: `.pt2` for torch.export, `.onnx` for ONNX.
+
+    What was written is loaded again and compared with the network before the file appears. Both take any number of
+    normalised images [B, channels, height, width], and carry class names and preprocessing as metadata.
+
+    Returns:
+        The largest difference of the outputs, relative to the largest output.
+
+    Raises:
+        UserError: the suffix is another one, a package is missing, or the outputs differ.
+    """
+    formats = {".pt2": _torch_export, ".onnx": _onnx}
+    if path.suffix not in formats:
+        raise UserError(f"{path}: export writes {' and '.join(formats)}, not {path.suffix or 'a file without suffix'}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.absolute().parent}")
+    images = torch.randn(4, *input_size(trained.recipe.data), generator=torch.Generator().manual_seed(0))
+    model = trained.model.cpu()
+    content, run = formats[path.suffix](trained, deploy(model), images)
+    with torch.no_grad():
+        # More images than it was traced with, and a single one.
+        pairs = [(model(batch), run(batch)) for batch in (torch.cat([images, images.flip(3)]), images[:1])]
+    difference = max(float((ours - theirs).abs().max() / ours.abs().max()) for ours, theirs in pairs)
+    if not difference <= 1e-4:
+        raise UserError(f"{path}: not written: its outputs differ from the network's by {difference:.1e}")
+    write_atomically(path, content)
+    return difference
+
+
+def _torch_export(trained: Trained, model: torch.nn.Module, images: torch.Tensor):
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files=trained.metadata())
+    loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
+    return file.getvalue(), loaded
+
+
+def _onnx(trained: Trained, model: torch.nn.Module, images: torch.Tensor):
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401  (PyTorch's exporter imports it)
+    except ImportError as error:
+        hint = "pip install onnx onnxscript onnxruntime"
+        raise RecipeError(f"export to ONNX needs {error.name}, which is not installed; try {hint}") from None
+    try:
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:  # many lines, the reason among the last
+        reason = next((line for line in str(error).splitlines() if "Error'>:" in line), type(error).__name__)
+        raise UserError(f"cannot be written as ONNX: {reason}; a newer onnxscript may know how") from None
+    graph = program.model_proto
+    onnx.helper.set_model_props(graph, trained.metadata())
+    content = graph.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])

@@ -1,0 +1,299 @@
+"""The Dynamic Group Convolution layer and the three functions that steer it during training.
+
+Su, Fang et al., "Dynamic Group Convolution for Accelerating Convolutional Neural Networks", ECCV 2020.
+"""
+
+from collections.abc import Callable
+from typing import Any, Optional, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from ..ops import folded_norm
+from ..ops.gated_conv2d import gated_conv2d, norm_on_load
+from ..ops.gates import drop_smallest, head_gates, pool
+from ..ops.reference import apply_norm
+
+__all__ = ["DynamicGroupConv2d", "dgc_layers", "gate_penalty", "num_inactive", "set_progress", "squeezed_channels"]
+
+
+def num_inactive(channels: int, gate_factor: float, progress: float) -> int:
+    """Number of input channels each head drops at `progress` in [0, 1] (paper, section 3).
+
+    None for the first twelfth of training, then linearly more, all `channels * (1 - gate_factor)` from
+    three quarters on.
+    """
+    # The order of the factors matters: another one rounds differently at exact halves.
+    if progress <= 1 / 12:
+        return 0
+    if progress < 3 / 4:
+        return round(channels * (1 - gate_factor) * 3 / 2 * (progress - 1 / 12))
+    return round(channels * (1 - gate_factor))
+
+
+def squeezed_channels(channels: int, squeeze_rate: int) -> int:
+    """Hidden units of each head's gates. Narrow layers squeeze half as much, as the authors' code does."""
+    rate = squeeze_rate // 2 if channels < 80 else squeeze_rate
+    return channels // rate if rate > 0 else 0
+
+
+class HeadGates(nn.Module):
+    """The gates of all heads from the pooled features; see `ops.gates.head_gates`."""
+
+    def __init__(self, channels: int, heads: int, squeeze_rate: int):
+        super().__init__()
+        squeezed = squeezed_channels(channels, squeeze_rate)
+        if squeezed < 1:
+            raise ValueError(f"squeeze_rate={squeeze_rate} leaves no hidden unit for {channels} input channels")
+        self.squeeze = nn.Parameter(torch.empty(heads, squeezed, channels))
+        self.excite = nn.Parameter(torch.empty(heads, channels, squeezed))
+        self.bias = nn.Parameter(torch.empty(heads, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.squeeze, self.excite):  # Kaiming normal, each head a linear layer of its own
+            nn.init.normal_(weight, std=(2 / weight.shape[-1]) ** 0.5)
+        nn.init.ones_(self.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """[B, C] -> [B, heads, C], in float32 whatever the input."""
+        if not torch.jit.is_scripting():  # TorchScript knows no autocast, and the meta device has none
+            if pooled.device.type != "meta":
+                with torch.autocast(pooled.device.type, enabled=False):
+                    return head_gates(pooled, self.squeeze, self.excite, self.bias)
+        return head_gates(pooled, self.squeeze, self.excite, self.bias)
+
+
+class Again:
+    """Hooks for tensors that autograd saves: one is not kept, but made again when the backward pass asks for it.
+
+    Args:
+        tensor: that one; it is known by its address and shape, since to hold it would be to keep it.
+        make: makes it again; it is asked for twice, by the convolution and then by the ReLU before it.
+    """
+
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]):
+        self.known, self.make = (tensor.data_ptr(), tensor.shape), make
+        self.made: Optional[Tensor] = None
+
+    def pack(self, tensor: Tensor) -> Optional[Tensor]:
+        return None if (tensor.data_ptr(), tensor.shape) == self.known else tensor
+
+    def unpack(self, packed: Optional[Tensor]) -> Tensor:
+        if packed is not None:
+            return packed
+        if self.made is None:
+            self.made = self.make()
+            return self.made
+        made, self.made = self.made, None
+        return made
+
+
+class DynamicGroupConv2d(nn.Module):
+    """Convolution whose heads each choose, per image, which input channels to look at (paper, section 3).
+
+    Applies batch norm and ReLU, pools the result, lets every head compute a gate per channel and drop the
+    channels with the smallest gates, and convolves what is left: [B, in_channels, H, W] ->
+    [B, out_channels, H', W']. Output channel `o` is computed by head `o % heads`. Where a network has norms
+    and activations of its own in their place, `preact=False` leaves the layer's out.
+
+    How far training has come is held in the buffer `inactive_channels`, the number of channels that every
+    head drops; `set_progress` moves it, the state dict carries it and evaluation uses it. A new layer drops
+    nothing.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `nn.Conv2d`.
+        heads: number of heads H; divides out_channels.
+        squeeze_rate: reduction in the gates' hidden layer; halved for fewer than 80 input channels.
+        gate_factor: share of input channels each head keeps at the end of training, in (0, 1].
+        preact: apply batch norm and ReLU to the input first, as the paper does.
+        memory_efficient: compute norm and ReLU again in the backward pass of training instead of keeping what
+            comes out of them; not under torch.compile, which decides that by itself.
+
+    Raises:
+        ValueError: heads does not divide out_channels, squeeze_rate leaves no hidden unit, or gate_factor
+            is outside (0, 1].
+    """
+
+    lasso: Optional[Tensor]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Union[int, tuple[int, int]],
+        stride: Union[int, tuple[int, int]] = 1,
+        padding: Union[int, tuple[int, int]] = 0,
+        dilation: Union[int, tuple[int, int]] = 1,
+        heads: int = 4,
+        squeeze_rate: int = 16,
+        gate_factor: float = 0.25,
+        bias: bool = False,
+        preact: bool = True,
+        memory_efficient: bool = False,
+    ):
+        super().__init__()
+        if heads < 1 or out_channels % heads:
+            raise ValueError(f"heads={heads} does not divide the {out_channels} output channels of a DGC layer")
+        if not 0 < gate_factor <= 1:
+            raise ValueError(f"gate_factor={gate_factor} is not in (0, 1]")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size: tuple[int, int] = _pair(kernel_size)
+        self.stride: tuple[int, int] = _pair(stride)
+        self.padding: tuple[int, int] = _pair(padding)
+        self.dilation: tuple[int, int] = _pair(dilation)
+        self.heads = heads
+        self.squeeze_rate = squeeze_rate
+        self.gate_factor = gate_factor
+        self.preact = preact
+        self.memory_efficient = memory_efficient
+
+        self.norm = nn.BatchNorm2d(in_channels) if preact else nn.Identity()
+        self.gates = HeadGates(in_channels, heads, squeeze_rate)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
+        # An integer, so that `.half()` cannot round it.
+        self.register_buffer("inactive_channels", torch.tensor(0))
+        self.lasso = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each head's filters are initialised as a convolution of their own: its fan-out is one head's."""
+        kh, kw = self.kernel_size
+        nn.init.normal_(self.weight, std=(2 / (kh * kw * (self.out_channels // self.heads))) ** 0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.norm.reset_parameters()
+        self.gates.reset_parameters()
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, **keywords: Any) -> "DynamicGroupConv2d":
+        """A new layer with the geometry, device and type of a convolution; `keywords` as in the constructor."""
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            bias=conv.bias is not None,
+            **keywords,
+        )
+        return layer.to(device=conv.weight.device, dtype=conv.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self._recomputes():
+                return self._recomputing(x)
+            if self._norm_on_load():
+                scale, shift, pooled = self._folded_norm(x)
+                return self._convolve(x, pooled, scale, shift)
+        if self.preact:
+            x = F.relu(self.norm(x), inplace=True)
+        return self._convolve(x, pool(x), None, None)
+
+    def _convolve(self, x: Tensor, pooled: Tensor, scale: Optional[Tensor], shift: Optional[Tensor]) -> Tensor:
+        """Gates from pooled features, selection, convolution; with scale and shift, x is not normalised yet."""
+        gates = self.gates(pooled)
+        if self.training:
+            self.lasso = gates.mean((0, 2)).sum()
+        gates = drop_smallest(gates, self.inactive_channels)
+        y = gated_conv2d(x, gates, self.weight, scale, shift, self.stride, self.padding, self.dilation)
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype).reshape(1, -1, 1, 1)
+        return y
+
+    @torch.jit.unused
+    def _recomputes(self) -> bool:
+        """Whether to, and whether the norm is one of the kind that `_recomputing` stands in for."""
+        norm = self.norm
+        return (
+            self.memory_efficient
+            and type(norm) is nn.BatchNorm2d
+            and norm.training
+            and norm.momentum is not None
+            and norm.affine
+            and norm.track_running_stats
+            and not (norm._forward_hooks or norm._forward_pre_hooks)
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+
+    @torch.jit.unused
+    def _recomputing(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        norm.num_batches_tracked.add_(1)
+        y, mean, inverse = torch.native_batch_norm(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
+        )
+        with torch.no_grad():
+            scale, shift = folded_norm.affine(norm, mean, inverse)
+        source = x.detach()
+        again = Again(y, lambda: apply_norm(source, scale, shift))
+        with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+            y = F.relu(y, inplace=True)
+            return self._convolve(y, pool(y), None, None)
+
+    @torch.jit.unused
+    def _norm_on_load(self) -> bool:
+        return self.preact and type(self.norm) is nn.BatchNorm2d and norm_on_load()
+
+    @torch.jit.unused
+    def _folded_norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale, shift = folded_norm.fold(self.norm, x)
+        return scale, shift, folded_norm.Pooled.apply(x, scale, shift)
+
+    def __getstate__(self) -> dict:
+        # `lasso` hangs on the last forward's graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "lasso": None}
+
+    def extra_repr(self) -> str:
+        kernel, stride = "x".join(map(str, self.kernel_size)), self.stride[0]
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={kernel}, stride={stride}, "
+            f"heads={self.heads}, squeeze_rate={self.squeeze_rate}, gate_factor={self.gate_factor}"
+            + (", bias=True" if self.bias is not None else "")
+            + ("" if self.preact else ", preact=False")
+        )
+
+
+def dgc_layers(model: nn.Module) -> list[DynamicGroupConv2d]:
+    """The DGC layers of a model, in the order of its modules."""
+    return [module for module in model.modules() if isinstance(module, DynamicGroupConv2d)]
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Open or close the gates of every DGC layer to where they belong at `progress` (paper, section 3).
+
+    Args:
+        model: any module.
+        progress: finished training steps / all training steps, in [0, 1].
+
+    Raises:
+        ValueError: progress is outside [0, 1].
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress={progress} is not in [0, 1]")
+    for layer in dgc_layers(model):
+        layer.inactive_channels.fill_(num_inactive(layer.in_channels, layer.gate_factor, progress))
+
+
+def gate_penalty(model: nn.Module) -> Tensor:
+    """Sum over layers and heads of the mean gate in the last training forward (paper, section 3).
+
+    Differentiable; taken before any channel is dropped. Zero for a model without DGC layers.
+
+    Raises:
+        RuntimeError: a DGC layer has not been run in training mode.
+    """
+    layers = dgc_layers(model)
+    if any(layer.lasso is None for layer in layers):
+        raise RuntimeError("gate_penalty needs a forward pass in training mode first")
+    if not layers:
+        return torch.zeros((), device=next((p.device for p in model.parameters()), None))
+    return torch.stack([layer.lasso for layer in layers]).sum()

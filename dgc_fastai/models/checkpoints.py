@@ -1,0 +1,162 @@
+"""Weights in and out: our safetensors, and the `.pth.tar` of the authors' code.
+
+Nothing here executes code from a file: safetensors cannot hold any, and PyTorch files are read with
+`weights_only`.
+"""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..layers.dynamic_group_conv import DynamicGroupConv2d
+from ..utils.errors import CheckpointError
+from ..utils.files import write_atomically
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(model: nn.Module, path: Union[str, Path], metadata: Optional[dict[str, str]] = None) -> None:
+    """Write a model's weights, norm statistics and gate progress to a safetensors file, atomically.
+
+    Args:
+        model: any module.
+        path: the file to write.
+        metadata: kept in the file's header, beside the tensors.
+
+    Raises:
+        WriteError: the file cannot be written; one that was there stays as it was.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(state, metadata))
+
+
+def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
+    """Load a checkpoint of ours or of the authors' code into a model, and return the model.
+
+    The kind of file is told by its content, not its name. Every tensor of the model must be in the file and
+    every tensor of the file in the model.
+
+    Args:
+        model: the network the checkpoint was made with.
+        path: a safetensors file, or a PyTorch file with a `state_dict`, of ours or of the reference.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, not a checkpoint, or of another network. The model is
+            then unchanged.
+    """
+    path = Path(path)
+    state = _read(path)
+    try:
+        state = _translate(state)
+    except (IndexError, RuntimeError, TypeError) as error:  # heads that do not go together, names that are numbers
+        reason = str(error).split("\n")[0][:120]
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {reason}") from None
+    _check_fit(model, state, path)
+    model.load_state_dict(state)
+    return model
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read the checkpoint: {error.strerror}") from None
+    try:
+        if head[8:9] == b"{":  # a safetensors file: eight bytes of length, then a JSON header
+            return safetensors.torch.load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it finds odd about a file that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each parser has errors of its own; whichever it was, the file is no good
+        reason = "it holds more than weights" if "Unsupported" in str(error) else "damaged or not a checkpoint"
+        lines = str(error).strip().split("\n")
+        detail = next((line for line in lines if "Unsupported" in line), lines[0]).strip()[:120]
+        raise CheckpointError(f"{path}: cannot read the checkpoint: {reason} ({detail})") from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: cannot read the checkpoint: it holds no state_dict")
+    return state
+
+
+# The reference's names -> ours. A name that matches none is already ours.
+_RENAMES = [
+    (r"^module\.", ""),
+    (r"^features\.init_conv\.", "stem."),
+    (r"^features\.denseblock_(\d+)\.denselayer_(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.layers.{int(m[2]) - 1}."),
+    (r"\.conv_([12])\.", r".conv\1."),
+    (r"^bn_last\.", "norm."),
+    (r"\.downsample\.1\.norm\.", ".downsample.1."),
+    (r"(^|\.)_inactive_channels$", r"\1inactive_channels"),
+]
+_HEAD = re.compile(r"^(.*?)headconv_(\d+)\.(conv\.weight|fc1\.weight|fc2\.weight|fc2\.bias)$")
+_HEAD_NAMES = {"fc1.weight": "gates.squeeze", "fc2.weight": "gates.excite", "fc2.bias": "gates.bias"}
+
+
+def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's state dict in our names, heads batched; one of ours as it is."""
+    ours: dict[str, Any] = {}
+    heads: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        head = _HEAD.match(name)
+        if head:
+            heads.setdefault((head[1], head[3]), {})[int(head[2])] = tensor
+        elif name.endswith("inactive_channels"):
+            ours[name] = tensor.reshape(()).long()
+        else:
+            ours[name] = tensor
+    for (layer, kind), tensors in heads.items():
+        ordered = [tensors[head] for head in sorted(tensors)]
+        if kind == "conv.weight":  # filter j of head h becomes output channel j * heads + h
+            ours[layer + "weight"] = torch.stack(ordered, dim=1).flatten(0, 1)
+        else:
+            ours[layer + _HEAD_NAMES[kind]] = torch.stack(ordered)
+    return ours
+
+
+def _takes(tensor: Tensor, other: Tensor) -> bool:
+    """Whether the values of the other, of a file, can be copied: floats of any size are floats, and nothing else is."""
+    plain = other.layout == torch.strided and other.device.type == "cpu" and not other.is_quantized
+    return plain and other.is_floating_point() == tensor.is_floating_point() and not other.is_complex()
+
+
+def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    expected = model.state_dict()
+    problems = []
+    for kind, names in (
+        ("missing", [name for name in expected if name not in state]),
+        ("unexpected", [name for name in state if name not in expected]),
+        (
+            "of another shape",
+            [
+                f"{name} {list(state[name].shape)} for {list(tensor.shape)}"
+                for name, tensor in expected.items()
+                if name in state and state[name].shape != tensor.shape
+            ],
+        ),
+        (
+            "of another type",
+            [
+                f"{name} {state[name].dtype}".replace("torch.", "")
+                for name, tensor in expected.items()
+                if name in state and not _takes(tensor, state[name])
+            ],
+        ),
+    ):
+        if names:
+            problems.append(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    if problems:
+        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems)}")
+    for prefix, module in model.named_modules():
+        if isinstance(module, DynamicGroupConv2d):
+            name = f"{prefix}.inactive_channels".lstrip(".")
+            if not 0 <= int(state[name]) < module.in_channels:
+                raise CheckpointError(f"{path}: {name} is {int(state[name])}, of {module.in_channels} channels")

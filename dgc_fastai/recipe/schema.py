@@ -1,0 +1,199 @@
+"""What a recipe may say. Nothing else parses or validates one.
+
+Imports neither torch nor fastai, so that a mistake is answered at once.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Optional
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ..utils.text import did_you_mean
+from .yaml_text import Dumper
+
+__all__ = ["Recipe"]
+
+
+GATES = {"heads", "squeeze_rate", "gate_factor"}
+DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3", "stem_stride", "memory_efficient"}
+# Every network by name, with the keywords that are its own.
+ARCHITECTURES = {
+    name + twin: keywords
+    for names, keywords in (
+        (("dgc_densenet22", "dgc_densenet86", "dgc_condensenet74"), DENSENET),
+        (("dgc_resnet18", "dgc_resnet34", "dgc_resnet50"), GATES | {"memory_efficient"}),
+        (("dgc_mobilenetv2_100",), GATES),
+    )
+    for name in names
+    for twin in ("", "_dense", "_sgc")
+}
+
+# The limits are far beyond use: they are there so that a slip of the finger does not fill the memory.
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Width = Annotated[int, Field(ge=1, le=4096)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Strength = Annotated[float, Field(ge=0, le=100)]
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError("use letters, digits, '_', '.' and '-' only, 100 at most")
+    return name
+
+
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", name):
+        raise ValueError(f"no such device: {name!r}; use auto, cpu, cuda, cuda:N or mps")
+    return name
+
+
+def _known_architecture(name: str) -> str:
+    if name not in ARCHITECTURES:
+        raise ValueError(f"no network {name!r}{did_you_mean(name, ARCHITECTURES)}")
+    return name
+
+
+class Section(BaseModel):
+    # Strict: a recipe's 1 is not True, and its "3" is not 3. JSON's few types suffice for every value.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The network and its keywords; one left out keeps the network's own default."""
+
+    arch: Annotated[str, AfterValidator(_known_architecture)]
+    heads: Optional[Width] = None
+    gate_factor: Optional[Share] = None
+    squeeze_rate: Optional[Annotated[int, Field(ge=2, le=4096)]] = None
+    stages: Optional[Annotated[list[Annotated[int, Field(ge=1, le=200)]], Field(min_length=1, max_length=8)]] = None
+    growth: Optional[Annotated[list[Width], Field(min_length=1, max_length=8)]] = None
+    bottleneck: Optional[Width] = None
+    group_3x3: Optional[Width] = None
+    stem_stride: Optional[Annotated[int, Field(ge=1, le=8)]] = None
+    memory_efficient: Optional[bool] = None
+    drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _keywords_of_this_network(self) -> "Model":
+        foreign = sorted(self.keywords().keys() - ARCHITECTURES[self.arch] - {"drop_rate"})
+        if foreign:
+            raise ValueError(f"{self.arch} has no keyword {', '.join(foreign)}")
+        return self
+
+    def keywords(self) -> dict[str, Any]:
+        """The arguments for `timm.create_model`, beside the name."""
+        return self.model_dump(exclude={"arch"}, exclude_none=True)
+
+
+class Data(Section):
+    """The images. `size` is the side, in pixels, of what the network sees."""
+
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "imagenet", "folder"]
+    path: Optional[Annotated[str, Field(min_length=1)]] = None
+    size: Optional[Annotated[int, Field(ge=8, le=4096)]] = None
+    batch_size: Count = 64
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    augment: list[Literal["crop_flip", "rand_augment", "trivial_augment", "random_erasing"]] = ["crop_flip"]
+    valid_share: Optional[Annotated[float, Field(gt=0, lt=1)]] = None
+    unreadable: Literal["stop", "skip"] = "stop"
+
+    @model_validator(mode="after")
+    def _keys_of_this_data(self) -> "Data":
+        if self.name == "digits" and self.path is not None:
+            raise ValueError("digits come with scikit-learn: leave path out")
+        if self.name not in ("digits", "fashion_mnist") and self.path is None:
+            raise ValueError(f"{self.name} needs path, the folder it lies in")
+        if self.name != "folder" and self.valid_share is not None:
+            raise ValueError(f"{self.name} has validation images of its own: leave valid_share out")
+        if len(set(self.augment)) < len(self.augment):
+            raise ValueError("augment names something twice")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the images lie, `~` expanded."""
+        default = "/usr/share/datasets/fashion-mnist" if self.name == "fashion_mnist" else "."  # Debian's package
+        return Path(self.path or default).expanduser()
+
+    @property
+    def image_size(self) -> int:
+        """`size`, or what is customary for this data."""
+        customary = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
+        return self.size or customary.get(self.name, 224)
+
+    @property
+    def held_out(self) -> float:
+        """The share of a folder's images to validate with, where it has none for that."""
+        return self.valid_share or 0.2
+
+
+class Train(Section):
+    """How long and how. `lasso` is the weight of the gates' penalty (the paper's lambda).
+
+    `warmup` is in epochs, `clip` the largest norm of the gradient, `accumulate` batches to a step, `ema` the decay of
+    the averaged weights, `mixup` and `cutmix` the alpha of their beta distributions. `nonfinite` is what to do at a
+    loss that is infinite or no number: stop, or leave that batch out. `compile` is torch.compile.
+    """
+
+    epochs: Count
+    optimizer: Annotated[str, AfterValidator(_plain_name)] = "sgd"
+    lr: Annotated[float, Field(gt=0, le=1e6)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Strength = 1e-4
+    decay_norms: bool = True
+    schedule: Literal["cosine", "multistep", "one_cycle", "flat_cosine"] = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    lasso: Strength = 1e-5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Strength = 0.0
+    cutmix: Strength = 0.0
+    clip: Optional[Annotated[float, Field(gt=0)]] = None
+    accumulate: Count = 1
+    ema: Optional[Annotated[float, Field(gt=0, lt=1)]] = None
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    nonfinite: Literal["stop", "skip"] = "stop"
+    channels_last: bool = False
+    compile: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @model_validator(mode="after")
+    def _warm_up_within_the_run(self) -> "Train":
+        if self.warmup and self.schedule == "one_cycle":
+            raise ValueError("one_cycle warms up by itself: leave warmup out")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup takes {self.warmup:g} of {self.epochs} epochs: make it shorter")
+        return self
+
+
+class Log(Section):
+    """What is told and kept, beside history, curves, last and best weights.
+
+    `print_every` is in batches, where there is no live bar; `keep_every` in epochs.
+    """
+
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    print_every: Optional[Count] = None
+    keep_every: Optional[Count] = None
+
+
+class Recipe(Section):
+    """One experiment: a network, its data, its training, where it runs and where its run folders go."""
+
+    name: Annotated[str, AfterValidator(_plain_name)]
+    model: Model
+    data: Data
+    train: Train
+    log: Log = Log()
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
+    output: Annotated[str, Field(min_length=1)] = "runs"
+
+    @property
+    def runs(self) -> Path:
+        """The folder that run folders go below, `~` expanded."""
+        return Path(self.output).expanduser()
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults written out; loading it gives an equal recipe."""
+        return yaml.dump(self.model_dump(exclude_none=True), Dumper=Dumper, sort_keys=False)

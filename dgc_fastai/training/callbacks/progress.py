@@ -1,0 +1,112 @@
+"""Progress bars, and a line of numbers for each epoch."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from fastai.callback.core import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+HEARTBEAT = 60  # seconds between lines within an epoch, where there is no live bar
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+# A column of the epoch table: the recorder's name, the heading, how to write a value.
+COLUMNS = [
+    ("epoch", "epoch", str),
+    ("train_loss", "train loss", "{:.4f}".format),
+    ("valid_loss", "valid loss", "{:.4f}".format),
+    ("top_1", "top-1", _percent),
+    ("top_5", "top-5", _percent),
+    ("inactive", "inactive", _percent),
+    ("lasso", "lasso", "{:.2f}".format),
+    ("lr", "lr", "{:.2e}".format),
+    ("seconds", "time", "{:.1f} s".format),
+]
+
+
+class TrainingDisplay(Callback):
+    """Live bars on a terminal, plain lines elsewhere, and a line of numbers for each epoch.
+
+    Takes the place of fastai's ProgressCallback. The numbers come from `rows`, which the run folder fills.
+
+    Args:
+        console: where to print.
+        rows: one dictionary an epoch, keyed as `COLUMNS` is.
+        print_every: batches between lines within an epoch; by default there is one a minute, and none where
+            there is a live bar.
+    """
+
+    order = 75  # after the row of the epoch is made
+
+    def __init__(
+        self, console: Console, rows: Optional[list[dict[str, Any]]] = None, print_every: Optional[int] = None
+    ):
+        self.console, self.rows, self.print_every, self.bars = console, rows, print_every, None
+
+    def before_fit(self):
+        if self.console.is_terminal:
+            self.bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self.whole = self.bars.add_task("training", total=None, note="", visible=self.rows is not None)
+            self.part = self.bars.add_task("", total=None, note="")
+            self.bars.start()
+        if self.rows is not None:
+            self._print([heading for _, heading, _ in COLUMNS], style="bold")
+
+    def before_train(self):
+        self._begin("epoch {} of {}".format(self.epoch + 1, self.n_epoch), len(self.dls.train))
+
+    def before_validate(self):
+        self._begin("validating", len(self.dl))
+
+    def _begin(self, title: str, steps: int):
+        self.title, self.steps, self.beat = title, steps, time.monotonic()
+        if self.bars:
+            self.bars.reset(self.part, description=title, total=steps, note="")
+
+    def after_batch(self):
+        done, now = self.iter + 1, time.monotonic()
+        if self.bars:
+            self.bars.update(self.part, completed=done)
+            if self.training:
+                before = self.epoch * self.steps
+                self.bars.update(self.whole, total=self.n_epoch * self.steps, completed=before + done)
+            if now - self.beat > 0.5:  # reading the loss waits for the device, so not at every step
+                self.beat = now
+                self.bars.update(self.part, note=f"loss {float(self.smooth_loss):.4f}" if self.training else "")
+        if done % self.print_every == 0 if self.print_every else not self.bars and now - self.beat > HEARTBEAT:
+            self.beat = now
+            line = f"{self.title}: {done:,} of {self.steps:,} batches"
+            line += f", loss {float(self.smooth_loss):.4f}" if self.training else ""
+            self.console.print(line, highlight=False)
+
+    def after_epoch(self):
+        if self.rows:
+            row = self.rows[-1]
+            self._print([write(row[name]) if name in row else "" for name, _, write in COLUMNS])
+
+    def after_fit(self):
+        self.close()
+
+    def close(self):
+        """Take the bars away; also after an interrupt, which fastai reports to no callback."""
+        if self.bars:
+            self.bars.stop()
+            self.bars = None
+
+    def _print(self, cells: Sequence[str], style: str = ""):
+        widths = [max(len(heading) + 1, 8) for _, heading, _ in COLUMNS]
+        line = " ".join(cell.rjust(width) for cell, width in zip(cells, widths))
+        self.console.print(line, style=style, highlight=False, soft_wrap=True)

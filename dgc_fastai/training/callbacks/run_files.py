@@ -1,0 +1,87 @@
+"""The files of a run, kept up to date."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fastai.callback.core import Callback
+from fastai.torch_core import get_model
+
+from ...data.loaders import class_names
+from ...models.checkpoints import save_checkpoint
+from ...models.cost import Budget
+from ...recipe.schema import Recipe
+from ...utils.files import write_atomically, write_table
+from ..curves import draw_curves
+
+
+class RunFolder(Callback):
+    """Keeps a run's folder up to date: after every epoch its history, summary, last and best weights; its curves
+    at times, and at the end.
+
+    The best weights are those of the highest top-1 among the epochs with the most channels inactive: a
+    network whose gates are still open is another, dearer one.
+
+    Args:
+        folder: an existing folder.
+        recipe: the run's recipe; weights carry it and the class names in their metadata.
+        cost: of the network.
+    """
+
+    order = 70  # after Recorder (50)
+
+    def __init__(self, folder: Path, recipe: Recipe, cost: Budget):
+        self.folder, self.recipe = folder, recipe
+        self.rows: list[dict[str, Any]] = []
+        self.started = time.monotonic()
+        self.drawn, self.drawing = self.started, 1.0  # a first guess
+        classes = json.dumps(class_names(recipe.data))
+        self.metadata = {"recipe": recipe.to_yaml(), "classes": classes, "format": "pt"}
+        self.summary = {
+            "name": recipe.name,
+            "macs": cost.macs,
+            "macs_dense": cost.macs_dense,
+            "operations": cost.operations,
+            "parameters": cost.parameters,
+        }
+
+    def before_epoch(self):
+        self.started = time.monotonic()
+
+    def after_epoch(self):
+        names = self.recorder.metric_names[:-1]  # without the time, which is text
+        row = dict(zip(names, self.recorder.log))
+        row["epoch"] = self.epoch + 1
+        row["seconds"] = round(time.monotonic() - self.started, 3)
+        self.rows.append(row)
+        write_table(self.folder / "history.csv", self.rows)
+        if time.monotonic() - self.drawn > 20 * self.drawing:  # short epochs are not to wait for pictures
+            self._draw()
+        average = getattr(self, "average_weights", None)
+        network = average.averaged if average else get_model(self.model)
+        # The later one of equals, as the authors do.
+        best = max(self.rows, key=lambda row: (row["inactive"], row["top_1"], row["epoch"]))
+        names = ["last.safetensors"]
+        if best is row:
+            names.append("best.safetensors")
+        if self.recipe.log.keep_every and row["epoch"] % self.recipe.log.keep_every == 0:
+            names.append(f"epoch_{row['epoch']:04d}.safetensors")
+        for name in names:
+            save_checkpoint(network, self.folder / name, self.metadata)
+        self.summary.update(
+            epochs=row["epoch"],
+            seconds=round(sum(row["seconds"] for row in self.rows), 3),
+            best=best,
+            last=row,
+        )
+        write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
+
+    def after_fit(self):
+        if self.rows:
+            self._draw()
+
+    def _draw(self) -> None:
+        began = time.monotonic()
+        write_atomically(self.folder / "curves.png", draw_curves(self.rows, self.recipe.name))
+        self.drawn, self.drawing = time.monotonic(), time.monotonic() - began

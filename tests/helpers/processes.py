@@ -1,0 +1,148 @@
+"""What each of the processes of test_distributed does: trains a recipe, or validates, and keeps what came of it.
+
+Usage: python processes.py FOLDER SCENARIOS, as `main` tells.
+"""
+
+import io
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+from rich.console import Console
+from torch import nn
+
+from dgc_fastai import DynamicGroupConv2d, budget, load_recipe
+from dgc_fastai.data.loaders import build_dataloaders, input_size
+from dgc_fastai.layers.dynamic_group_conv import dgc_layers
+from dgc_fastai.training.distributed import join, leave
+from dgc_fastai.training.learner import assemble, build_learner, evaluate, fit
+from dgc_fastai.training.run import train
+from dgc_fastai.training.run_folder import run_to_go_on_with
+from dgc_fastai.utils.errors import Interrupted, TrainingError
+from dgc_fastai.utils.launch import processes, rank
+from helpers import QUICKSTART
+
+
+class Watch(Callback):
+    """Keeps how many channels are inactive in each step."""
+
+    def before_fit(self):
+        if not hasattr(self, "inactive"):
+            self.inactive = []
+
+    def after_batch(self):
+        if self.training:
+            self.inactive.append([int(layer.inactive_channels) for layer in dgc_layers(self.model)])
+
+
+def without_norms() -> nn.Module:
+    """Gated layers, but nothing that depends on how many images there are in a part of a batch."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        DynamicGroupConv2d(16, 32, 3, padding=1, preact=False, bias=True),
+        nn.ReLU(),
+        DynamicGroupConv2d(32, 32, 1, preact=False, bias=True),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+class AskedToStop(Callback):
+    """What a signal to the last process alone does, during the second batch of the second epoch."""
+
+    order = 79
+
+    def after_batch(self):
+        if rank() == processes() - 1 and self.training and (self.epoch, self.iter) == (1, 1):
+            self.snapshots.stop = signal.SIGTERM
+
+
+class NoNumber(Callback):
+    """A loss of the last process that is no number, and one sample's statistics with it, in the second batch."""
+
+    order = 4
+
+    def after_loss(self):
+        if rank() == processes() - 1 and self.training and (self.epoch, self.iter) == (0, 1):
+            self.learn.loss_grad, self.learn.loss = self.learn.loss_grad * math.nan, self.learn.loss * math.nan
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.data.fill_(math.nan)
+
+
+def plain(recipe):
+    """Trains a network without norms; processes begin with other random numbers each."""
+    join(torch.device("cpu"))
+    set_seed(rank())
+    dls = build_dataloaders(recipe.data, torch.device("cpu"))
+    if rank() == 0:
+        set_seed(0)
+        dls = build_dataloaders(recipe.data, torch.device("cpu"))
+    torch.manual_seed(0)
+    return train_only(recipe, assemble(recipe, dls, without_norms()))
+
+
+def train_only(recipe, learn, *callbacks):
+    watch = Watch()
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs([watch, *callbacks]):
+        fit(learn, recipe)
+        rows = [list(map(float, row)) for row in learn.recorder.values]
+        scores = evaluate(learn)
+    return {"inactive": watch.inactive, "history": rows, "scores": scores, "weights": learn.model.state_dict()}
+
+
+def no_number(recipe):
+    try:
+        return train_only(recipe, build_learner(recipe), NoNumber())
+    except TrainingError as error:
+        return {"error": str(error)}
+
+
+def validate(recipe):
+    learn = build_learner(recipe)
+    with learn.no_bar(), learn.no_logging():
+        return {"scores": evaluate(learn)}
+
+
+def whole_run(recipe, *callbacks, resume=False):
+    """As app.py does it."""
+    learn = build_learner(recipe)
+    learn.add_cbs(callbacks)
+    cost = budget(learn.model, input_size(recipe.data))
+    folder, _ = run_to_go_on_with(recipe, resume)
+    try:
+        folder = train(learn, recipe, cost, Console(file=io.StringIO()), folder)
+    except Interrupted as stop:
+        return {"stopped": stop.args[0]}
+    return {"folder": str(folder), "weights": learn.model.state_dict()}
+
+
+WHAT = {
+    "plain": plain,
+    "train": lambda recipe: train_only(recipe, build_learner(recipe)),
+    "no_number": no_number,
+    "validate": validate,
+    "run": whole_run,
+    "stop": lambda recipe: whole_run(recipe, AskedToStop()),
+    "resume": lambda recipe: whole_run(recipe, resume=True),
+}
+
+
+def main(folder: str, scenarios: str) -> None:
+    """Go through scenarios, as JSON a list of [name, what, overrides]; what comes of each is in a file of its name."""
+    for name, what, overrides in json.loads(scenarios):
+        result = WHAT[what](load_recipe(QUICKSTART, overrides))
+        torch.save(result, Path(folder) / f"{name}-{processes()}-{rank()}.pt")
+    leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,73 @@
+"""Training runs that are started, stopped and compared."""
+
+import csv
+import io
+import signal
+
+from fastai.callback.core import Callback
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from dgc_fastai import budget, build_learner, load_recipe
+from dgc_fastai.data.loaders import input_size
+from dgc_fastai.training.resume import read_state
+from dgc_fastai.training.run import train
+from dgc_fastai.training.run_folder import interrupted_run
+from dgc_fastai.utils.errors import Interrupted
+from helpers import QUICKSTART
+from helpers.golden import equal_states
+
+TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
+
+
+class StopAt(Callback):
+    """What a signal during that batch does."""
+
+    order = 79
+
+    def __init__(self, epoch, batch, training=True):
+        self.place = epoch, batch, training
+
+    def after_batch(self):
+        if (self.epoch, self.iter, self.training) == self.place:
+            self.snapshots.stop = signal.SIGTERM
+
+
+def start(overrides, resume=False, callback=None):
+    """Train a recipe in this process: the run folder, or None if it was stopped, and the learner."""
+    recipe = load_recipe(QUICKSTART, [*TINY, *overrides])
+    learn = build_learner(recipe)
+    cost = budget(learn.model, input_size(recipe.data))
+    folder = interrupted_run(recipe)[0] if resume else None
+    assert folder or not resume
+    learn.add_cbs([callback] if callback else [])
+    try:
+        return train(learn, recipe, cost, Console(file=io.StringIO()), folder), learn
+    except Interrupted:
+        return None, learn
+
+
+def history(folder):
+    return [{**row, "seconds": None} for row in csv.DictReader(open(folder / "history.csv"))]
+
+
+def same_run(first, second):
+    assert history(first) == history(second)
+    for name in ("last.safetensors", "best.safetensors"):
+        assert equal_states(load_file(first / name), load_file(second / name)), name
+    assert sorted(path.name for path in second.iterdir()) == sorted(path.name for path in first.iterdir())
+    return True
+
+
+def whole_files(folder):
+    """Read every file of a run folder that is there for people or for a resumption."""
+    for path in folder.glob("[!.]*"):
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".pt":
+            read_state(path)
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".csv":
+            assert [row["epoch"] for row in history(folder)] == [str(n + 1) for n in range(len(history(folder)))]
