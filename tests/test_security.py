@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dgc_fastai.data import small_sets as readers
 from dgc_fastai.inference.export import export
-from dgc_fastai.inference.predict import load_trained, predict
+from dgc_fastai.inference.predict import Predictor
 from dgc_fastai.recipe.loading import load_recipe, parse_recipe
 from dgc_fastai.recipe.schema import Data
 from dgc_fastai.training.run_folder import interrupted_run
@@ -135,9 +135,9 @@ def test_the_recipe_in_weights_points_nowhere(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
     WATCHED.append(True)
     try:
-        trained = load_trained(tmp_path / "x.safetensors")
-        (classes,) = predict(trained, [tmp_path / "image.png"])
-        export(trained, tmp_path / "net.pt2")
+        predictor = Predictor.from_weights(tmp_path / "x.safetensors")
+        (classes,) = predictor.predict([tmp_path / "image.png"])
+        export(predictor, tmp_path / "net.pt2")
     finally:
         WATCHED.clear()
     assert len(classes) == 10 and any("image.png" in path for path in OPENED)

@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureW
 
 RecipeFile = Annotated[Path, Parameter(help="A recipe, such as recipes/quickstart.yaml.")]
 Overrides = Annotated[str, Parameter(help="section.key=value each, such as train.epochs=10.")]
-Weights = Annotated[Path, Parameter(help="A .safetensors of a run, such as best.safetensors.")]
+Weights = Annotated[Path, Parameter(help="A run folder, or a .safetensors of one.")]
 
 
 @app.default
@@ -138,11 +138,10 @@ def predict(
     """
     images = image, *images
     with errors.status("Starting torch and timm"):
-        from ..inference.predict import load_trained
-        from ..inference.predict import predict as classify
+        from ..inference.predict import Predictor
 
-        trained = load_trained(weights)
-    found = classify(trained, images)
+        predictor = Predictor.from_weights(weights)
+    found = predictor.predict(images)
     if errors.is_terminal:
         found = track(found, "classifying", len(images), console=errors, transient=True)
     found = list(found)
@@ -155,7 +154,7 @@ def predict(
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("image", overflow="fold")
-    for number in range(min(top, len(trained.classes))):
+    for number in range(min(top, len(predictor.classes))):
         table.add_column(f"{number + 1}", overflow="fold")
     for path, classes in zip(images, found):
         table.add_row(
@@ -169,9 +168,9 @@ def export(weights: Weights, out: Annotated[Path, Parameter(help="NAME.pt2 or NA
     """Write the network of WEIGHTS for torch.export or ONNX, and verify it against the original."""
     with console.status("Exporting"):
         from ..inference.export import export as write
-        from ..inference.predict import load_trained
+        from ..inference.predict import Predictor
 
-        difference = write(load_trained(weights), out)
+        difference = write(Predictor.from_weights(weights), out)
     console.print(f"Wrote {out}; its outputs equal the network's to {difference:.0e}.", soft_wrap=True, highlight=False)
 
 

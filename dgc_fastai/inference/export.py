@@ -1,39 +1,48 @@
 """Networks in formats that others can load: torch.export and ONNX."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+from torch import Tensor
 
 from ..data.loaders import input_size
 from ..utils.errors import RecipeError, UserError
 from ..utils.files import write_atomically
 from .deploy import deploy
-from .predict import Trained
+from .predict import Predictor
 
 
-def export(trained: Trained, path: Path) -> float:
+__all__ = ["export"]
+
+Run = Callable[[Tensor], Tensor]
+
+
+def export(predictor: Predictor, path: Path) -> float:
     """Write a network for use without this package: `.pt2` for torch.export, `.onnx` for ONNX.
 
-    What was written is loaded again and compared with the network before the file appears. Both take any number of
-    normalised images [B, channels, height, width], and carry class names and preprocessing as metadata.
+    Both formats take any number of normalized images [B, channels, height, width] and carry the names of the classes
+    and the preprocessing as metadata. The file is written only if what is in it, loaded again, gives the network's
+    outputs.
 
     Returns:
         The largest difference of the outputs, relative to the largest output.
 
     Raises:
-        UserError: the suffix is another one, a package is missing, or the outputs differ.
+        UserError: the suffix is another one, the folder or a package is missing, or the outputs differ.
     """
     formats = {".pt2": _torch_export, ".onnx": _onnx}
     if path.suffix not in formats:
         raise UserError(f"{path}: export writes {' and '.join(formats)}, not {path.suffix or 'a file without suffix'}")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.absolute().parent}")
-    images = torch.randn(4, *input_size(trained.recipe.data), generator=torch.Generator().manual_seed(0))
-    model = trained.model.cpu()
-    content, run = formats[path.suffix](trained, deploy(model), images)
+    images = torch.randn(4, *input_size(predictor.recipe.data), generator=torch.Generator().manual_seed(0))
+    model = predictor.model.cpu()
+    content, run = formats[path.suffix](predictor, deploy(model), images)
     with torch.no_grad():
-        # More images than it was traced with, and a single one.
+        # A larger batch than the traced one, and a single image.
         pairs = [(model(batch), run(batch)) for batch in (torch.cat([images, images.flip(3)]), images[:1])]
     difference = max(float((ours - theirs).abs().max() / ours.abs().max()) for ours, theirs in pairs)
     if not difference <= 1e-4:
@@ -42,16 +51,16 @@ def export(trained: Trained, path: Path) -> float:
     return difference
 
 
-def _torch_export(trained: Trained, model: torch.nn.Module, images: torch.Tensor):
+def _torch_export(predictor: Predictor, model: nn.Module, images: Tensor) -> tuple[bytes, Run]:
     shapes = ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     file = io.BytesIO()
-    torch.export.save(program, file, extra_files=trained.metadata())
+    torch.export.save(program, file, extra_files=predictor.metadata())
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
     return file.getvalue(), loaded
 
 
-def _onnx(trained: Trained, model: torch.nn.Module, images: torch.Tensor):
+def _onnx(predictor: Predictor, model: nn.Module, images: Tensor) -> tuple[bytes, Run]:
     try:
         import onnx
         import onnxruntime
@@ -73,7 +82,7 @@ def _onnx(trained: Trained, model: torch.nn.Module, images: torch.Tensor):
         reason = next((line for line in str(error).splitlines() if "Error'>:" in line), type(error).__name__)
         raise UserError(f"cannot be written as ONNX: {reason}; a newer onnxscript may know how") from None
     graph = program.model_proto
-    onnx.helper.set_model_props(graph, trained.metadata())
+    onnx.helper.set_model_props(graph, predictor.metadata())
     content = graph.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])

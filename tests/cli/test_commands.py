@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dgc_fastai import build_learner, load_recipe
-from dgc_fastai.inference.predict import load_trained
+from dgc_fastai.inference.predict import Predictor
 from dgc_fastai.training.sweep import combinations, draw_sweep
 from helpers import QUICKSTART, ROOT
 from helpers.command_line import only
@@ -93,6 +93,7 @@ def test_predictions_are_the_network_s(app, trained):  # noqa: F811
     text = app("predict", weights, files[0])
     name, share = answers[0]["predictions"][0].values()
     assert re.search(rf"{name} {100 * share:.2f} %", text) and text.count(" %") == 3
+    assert app("predict", run, files[0]) == text, "a run folder stands for its best.safetensors"
 
 
 def test_predictions_for_a_folder_of_one_s_own(app, tmp_path):  # noqa: F811
@@ -140,7 +141,7 @@ def test_export_for_pytorch(app, trained, tmp_path):  # noqa: F811
     extra = {"classes": "", "preprocessing": ""}
     network = torch.export.load(tmp_path / "net.pt2", extra_files=extra).module()
     metadata_is_whole(extra)
-    expected = load_trained(run / "best.safetensors").model
+    expected = Predictor.from_weights(run / "best.safetensors").model
     images = torch.cat([x for x, _ in learn.dls.valid]).as_subclass(torch.Tensor)
     for batch in (images, images[:1]):
         with torch.no_grad():
@@ -154,7 +155,7 @@ def test_export_for_onnx(app, trained, tmp_path):  # noqa: F811
     app("export", run / "best.safetensors", tmp_path / "net.onnx")
     session = runtime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     metadata_is_whole(session.get_modelmeta().custom_metadata_map)
-    expected = load_trained(run / "best.safetensors").model
+    expected = Predictor.from_weights(run / "best.safetensors").model
     images = torch.cat([x for x, _ in learn.dls.valid]).as_subclass(torch.Tensor)
     for batch in (images, images[:1]):
         (found,) = session.run(["logits"], {"images": batch.numpy()})
@@ -176,11 +177,11 @@ def test_what_cannot_be_exported_leaves_nothing(app, trained, tmp_path, monkeypa
     from dgc_fastai.inference import export as module
 
     monkeypatch.setattr(
-        module, "_torch_export", lambda trained, model, images: (b"", lambda batch: model(batch) * 1.01)
+        module, "_torch_export", lambda predictor, model, images: (b"", lambda batch: model(batch) * 1.01)
     )
     assert "not written: its outputs differ" in app("export", weights, tmp_path / "net.pt2", expect=2)
     monkeypatch.setattr(
-        module, "_torch_export", lambda trained, model, images: (b"", lambda batch: model(batch) * torch.nan)
+        module, "_torch_export", lambda predictor, model, images: (b"", lambda batch: model(batch) * torch.nan)
     )
     assert "not written: its outputs differ" in app("export", weights, tmp_path / "net.pt2", expect=2)
     assert not list(tmp_path.iterdir())

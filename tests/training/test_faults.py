@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from dgc_fastai import budget, build_learner, load_recipe
 from dgc_fastai.analysis.benchmark import benchmark, benchmark_folder
 from dgc_fastai.analysis.timing import Measurement, Variant
-from dgc_fastai.inference.predict import load_trained
+from dgc_fastai.inference.predict import Predictor
 from dgc_fastai.training.resume import read_state
 from dgc_fastai.training.run import train
 from dgc_fastai.utils.errors import CheckpointError, UserError, WriteError
@@ -249,7 +249,7 @@ def test_states_and_weights_cut_short_or_with_a_wrong_byte(stopped, tmp_path):
     state, weights = (run / "state.pt").read_bytes(), (run / "last.safetensors").read_bytes()
     path = tmp_path / "damaged"
     for whole, read, message in (
-        (state, read_state, "cannot go on from it"), (weights, load_trained, "cannot tell its network")
+        (state, read_state, "cannot go on from it"), (weights, Predictor.from_weights, "cannot tell its network")
     ):  # fmt: skip
         for length in (0, 1, 8, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(50))):
             path.write_bytes(whole[:length])
@@ -258,7 +258,7 @@ def test_states_and_weights_cut_short_or_with_a_wrong_byte(stopped, tmp_path):
     for _ in range(50):
         path.write_bytes(other_byte(chance, weights, header))
         try:  # a digit of the seed, a letter of a class: nobody can tell
-            assert load_trained(path).model.state_dict().keys() == load_file(run / "last.safetensors").keys()
+            assert Predictor.from_weights(path).model.state_dict().keys() == load_file(run / "last.safetensors").keys()
         except UserError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
     # In what a zip file repeats, a byte is free; what is read of it has a checksum.
@@ -323,4 +323,4 @@ def test_weights_that_tell_of_no_network(stopped, tmp_path, metadata):
     metadata = {"classes": json.dumps(list("0123456789")), "recipe": recipe, **metadata}
     path = tmp_path / "tampered.safetensors"
     save_file(load_file(weights), path, {key: value for key, value in metadata.items() if value is not None})
-    refused(load_trained, path)
+    refused(Predictor.from_weights, path)
