@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from . import models
     from .compression.conversion import convert
     from .inference.deploy import deploy
-    from .layers.dynamic_group_conv import DynamicGroupConv2d, gate_penalty, set_progress
+    from .layers.dynamic_group_conv import DynamicGroupConv2d
+    from .layers.gate_schedule import gate_penalty, set_progress
     from .models.checkpoints import load_checkpoint, save_checkpoint
     from .models.cost import budget
     from .recipe.loading import load_recipe
@@ -51,11 +52,11 @@ _MODULES = {
     "convert": "compression.conversion",
     "deploy": "inference.deploy",
     "dgc_learner": "training.learner",
-    "gate_penalty": "layers.dynamic_group_conv",
+    "gate_penalty": "layers.gate_schedule",
     "load_checkpoint": "models.checkpoints",
     "load_recipe": "recipe.loading",
     "save_checkpoint": "models.checkpoints",
-    "set_progress": "layers.dynamic_group_conv",
+    "set_progress": "layers.gate_schedule",
 }
 
 

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from dgc_fastai.layers.dynamic_group_conv import dgc_layers
+from dgc_fastai.layers.gate_schedule import dgc_layers
 from helpers import ROOT
 from helpers.datasets import write_imagenet
 

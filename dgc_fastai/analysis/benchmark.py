@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data.loaders import FILES, class_names, input_size
 from ..inference.deploy import deploy
-from ..layers.dynamic_group_conv import dgc_layers, gate_penalty, set_progress
+from ..layers.gate_schedule import dgc_layers, gate_penalty, set_progress
 from ..models.factory import build_model, prepare
 from ..ops.device import select_device, use_device
 from ..ops.gated_conv2d import use_formulation
@@ -165,7 +165,7 @@ def _state(network: nn.Module, training: bool, progress: float, formulation: Opt
     with use_formulation(formulation):
         yield
     for layer in dgc_layers(network):
-        layer.lasso = None  # or the next step would free what this one has allocated
+        layer.penalty = None  # or the next step would free what this one has allocated
 
 
 def training_step(recipe: Recipe, network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The Dynamic Group Convolution layer and the three functions that steer it during training.
+"""The Dynamic Group Convolution layer.
 
 Su, Fang et al., "Dynamic Group Convolution for Accelerating Convolutional Neural Networks", ECCV 2020.
 """
@@ -17,21 +17,7 @@ from ..ops.gated_conv2d import gated_conv2d, norm_on_load
 from ..ops.gates import drop_smallest, head_gates, pool
 from ..ops.reference import apply_norm
 
-__all__ = ["DynamicGroupConv2d", "dgc_layers", "gate_penalty", "num_inactive", "set_progress", "squeezed_channels"]
-
-
-def num_inactive(channels: int, gate_factor: float, progress: float) -> int:
-    """Number of input channels each head drops at `progress` in [0, 1] (paper, section 3).
-
-    None for the first twelfth of training, then linearly more, all `channels * (1 - gate_factor)` from
-    three quarters on.
-    """
-    # The order of the factors matters: another one rounds differently at exact halves.
-    if progress <= 1 / 12:
-        return 0
-    if progress < 3 / 4:
-        return round(channels * (1 - gate_factor) * 3 / 2 * (progress - 1 / 12))
-    return round(channels * (1 - gate_factor))
+__all__ = ["DynamicGroupConv2d", "squeezed_channels"]
 
 
 def squeezed_channels(channels: int, squeeze_rate: int) -> int:
@@ -60,36 +46,33 @@ class HeadGates(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """[B, C] -> [B, heads, C], in float32 whatever the input."""
-        if not torch.jit.is_scripting():  # TorchScript knows no autocast, and the meta device has none
-            if pooled.device.type != "meta":
-                with torch.autocast(pooled.device.type, enabled=False):
-                    return head_gates(pooled, self.squeeze, self.excite, self.bias)
         return head_gates(pooled, self.squeeze, self.excite, self.bias)
 
 
-class Again:
-    """Hooks for tensors that autograd saves: one is not kept, but made again when the backward pass asks for it.
+class RecomputeHooks:
+    """Saved-tensor hooks that drop one tensor and recompute it in the backward pass.
 
     Args:
-        tensor: that one; it is known by its address and shape, since to hold it would be to keep it.
-        make: makes it again; it is asked for twice, by the convolution and then by the ReLU before it.
+        tensor: the tensor to drop. It is recognized by its address and shape, since a reference would keep it alive.
+        recompute: computes it again. The backward pass asks for it twice, for the convolution and for the ReLU before
+            it; the result of the first call is kept for the second.
     """
 
-    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]):
-        self.known, self.make = (tensor.data_ptr(), tensor.shape), make
-        self.made: Optional[Tensor] = None
+    def __init__(self, tensor: Tensor, recompute: Callable[[], Tensor]):
+        self.key, self.recompute = (tensor.data_ptr(), tensor.shape), recompute
+        self.recomputed: Optional[Tensor] = None
 
     def pack(self, tensor: Tensor) -> Optional[Tensor]:
-        return None if (tensor.data_ptr(), tensor.shape) == self.known else tensor
+        return None if (tensor.data_ptr(), tensor.shape) == self.key else tensor
 
     def unpack(self, packed: Optional[Tensor]) -> Tensor:
         if packed is not None:
             return packed
-        if self.made is None:
-            self.made = self.make()
-            return self.made
-        made, self.made = self.made, None
-        return made
+        if self.recomputed is None:
+            self.recomputed = self.recompute()
+            return self.recomputed
+        recomputed, self.recomputed = self.recomputed, None
+        return recomputed
 
 
 class DynamicGroupConv2d(nn.Module):
@@ -118,7 +101,7 @@ class DynamicGroupConv2d(nn.Module):
             is outside (0, 1].
     """
 
-    lasso: Optional[Tensor]
+    penalty: Optional[Tensor]
 
     def __init__(
         self,
@@ -158,7 +141,7 @@ class DynamicGroupConv2d(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         # An integer, so that `.half()` cannot round it.
         self.register_buffer("inactive_channels", torch.tensor(0))
-        self.lasso = None
+        self.penalty = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -201,7 +184,7 @@ class DynamicGroupConv2d(nn.Module):
         """Gates from pooled features, selection, convolution; with scale and shift, x is not normalised yet."""
         gates = self.gates(pooled)
         if self.training:
-            self.lasso = gates.mean((0, 2)).sum()
+            self.penalty = gates.mean((0, 2)).sum()
         gates = drop_smallest(gates, self.inactive_channels)
         y = gated_conv2d(x, gates, self.weight, scale, shift, self.stride, self.padding, self.dilation)
         if self.bias is not None:
@@ -234,8 +217,8 @@ class DynamicGroupConv2d(nn.Module):
         with torch.no_grad():
             scale, shift = folded_norm.affine(norm, mean, inverse)
         source = x.detach()
-        again = Again(y, lambda: apply_norm(source, scale, shift))
-        with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+        hooks = RecomputeHooks(y, lambda: apply_norm(source, scale, shift))
+        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
             y = F.relu(y, inplace=True)
             return self._convolve(y, pool(y), None, None)
 
@@ -249,8 +232,8 @@ class DynamicGroupConv2d(nn.Module):
         return scale, shift, folded_norm.Pooled.apply(x, scale, shift)
 
     def __getstate__(self) -> dict:
-        # `lasso` hangs on the last forward's graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "lasso": None}
+        # `penalty` hangs on the last forward's graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "penalty": None}
 
     def extra_repr(self) -> str:
         kernel, stride = "x".join(map(str, self.kernel_size)), self.stride[0]
@@ -260,40 +243,3 @@ class DynamicGroupConv2d(nn.Module):
             + (", bias=True" if self.bias is not None else "")
             + ("" if self.preact else ", preact=False")
         )
-
-
-def dgc_layers(model: nn.Module) -> list[DynamicGroupConv2d]:
-    """The DGC layers of a model, in the order of its modules."""
-    return [module for module in model.modules() if isinstance(module, DynamicGroupConv2d)]
-
-
-def set_progress(model: nn.Module, progress: float) -> None:
-    """Open or close the gates of every DGC layer to where they belong at `progress` (paper, section 3).
-
-    Args:
-        model: any module.
-        progress: finished training steps / all training steps, in [0, 1].
-
-    Raises:
-        ValueError: progress is outside [0, 1].
-    """
-    if not 0 <= progress <= 1:
-        raise ValueError(f"progress={progress} is not in [0, 1]")
-    for layer in dgc_layers(model):
-        layer.inactive_channels.fill_(num_inactive(layer.in_channels, layer.gate_factor, progress))
-
-
-def gate_penalty(model: nn.Module) -> Tensor:
-    """Sum over layers and heads of the mean gate in the last training forward (paper, section 3).
-
-    Differentiable; taken before any channel is dropped. Zero for a model without DGC layers.
-
-    Raises:
-        RuntimeError: a DGC layer has not been run in training mode.
-    """
-    layers = dgc_layers(model)
-    if any(layer.lasso is None for layer in layers):
-        raise RuntimeError("gate_penalty needs a forward pass in training mode first")
-    if not layers:
-        return torch.zeros((), device=next((p.device for p in model.parameters()), None))
-    return torch.stack([layer.lasso for layer in layers]).sum()

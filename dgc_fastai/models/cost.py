@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..layers.dynamic_group_conv import DynamicGroupConv2d, num_inactive
+from ..layers.dynamic_group_conv import DynamicGroupConv2d
+from ..layers.gate_schedule import num_inactive
 
 __all__ = ["Budget", "LayerBudget", "budget"]
 

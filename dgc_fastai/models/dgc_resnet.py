@@ -7,7 +7,7 @@ place and keeps the batch norm that follows it. Paper, section 4 (ResNet-18 on I
 from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..layers.dynamic_group_conv import dgc_layers
+from ..layers.gate_schedule import dgc_layers
 from ._blocks import Connection, GatedModel
 from ._registration import imagenet_cfg, register_network, with_twins
 

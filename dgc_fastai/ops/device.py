@@ -2,8 +2,7 @@
 
 import torch
 
-from .. import models  # noqa: F401  (models registers the networks
-from ..utils import launch  # noqa: F401  (models registers the networks
+from ..utils import launch
 from ..utils.errors import RecipeError
 
 

@@ -1,4 +1,4 @@
-"""What decides which channels a layer keeps: pooled features -> gates -> selection, all in float32."""
+"""The selection of channels: pooled features -> gates -> the smallest dropped, all in float32."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 def pool(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C], the mean in float32. Not `mean`, whose gradient is as large as x; a sum's is a view."""
+    """Mean over the pixels, in float32: [B, C, H, W] -> [B, C].
+
+    A sum, whose gradient is a view, rather than `mean`, which allocates a gradient as large as x.
+    """
     return x.sum((2, 3), dtype=torch.float32) / (x.shape[2] * x.shape[3])
 
 
@@ -20,20 +23,32 @@ def head_gates(pooled: Tensor, squeeze: Tensor, excite: Tensor, bias: Tensor) ->
         bias: b [heads, C].
 
     Returns:
-        [B, heads, C] in float32: a rounded gate can flip a selection.
+        [B, heads, C] in float32, under autocast as well: rounded to bfloat16, gates near one become equal, and
+        `drop_smallest` drops all that are equal to its threshold.
     """
-    squeezed = F.relu(F.linear(pooled.float(), squeeze.float().flatten(0, 1)))  # every head in one product
+    if not torch.jit.is_scripting():  # TorchScript knows no autocast, and the meta device has none
+        device = pooled.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return _head_gates(pooled, squeeze, excite, bias)
+    return _head_gates(pooled, squeeze, excite, bias)
+
+
+def _head_gates(pooled: Tensor, squeeze: Tensor, excite: Tensor, bias: Tensor) -> Tensor:
+    squeezed = F.relu(F.linear(pooled.float(), squeeze.float().flatten(0, 1)))  # all heads in one product
     squeezed = squeezed.unflatten(1, squeeze.shape[:2]).transpose(0, 1)
     excited = torch.baddbmm(bias.float().unsqueeze(1), squeezed, excite.float().transpose(1, 2))
     return F.relu(excited).transpose(0, 1)
 
 
 def drop_smallest(gates: Tensor, count: Tensor) -> Tensor:
-    """Zero every gate that is not above its row's `count`-th smallest, ties included.
+    """Zero every gate that is not above its row's `count`-th smallest, ties included (paper, section 3).
 
-    `count` is an integer tensor of no dimensions. Reading it as a Python number would stall a GPU at every layer and
-    recompile a compiled model whenever it changes, so that happens in eager mode on a CPU only, where it saves the
-    sorting.
+    Args:
+        gates: [..., C]. NaN counts as larger than any number.
+        count: an integer tensor of no dimensions, in [0, C]; 0 drops nothing. To read it as a Python number would stall
+            a GPU at every layer and recompile a compiled model whenever it changes. So this is done in eager mode on a
+            CPU only, where it saves the sorting.
     """
     if not torch.jit.is_scripting():
         if gates.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():

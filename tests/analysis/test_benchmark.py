@@ -15,7 +15,7 @@ from dgc_fastai.analysis.benchmark_report import _data_verdict, _decimals, _roun
 from dgc_fastai.analysis.throughput import loader_name, worker_counts
 from dgc_fastai.analysis.timing import Variant, measure_times, peak_memory, summarize
 from dgc_fastai.data.loaders import build_dataloaders
-from dgc_fastai.layers.dynamic_group_conv import dgc_layers
+from dgc_fastai.layers.gate_schedule import dgc_layers
 from dgc_fastai.ops import gated_conv2d as ops
 from dgc_fastai.recipe.schema import ARCHITECTURES
 from helpers import QUICKSTART
@@ -215,7 +215,7 @@ def test_each_variant_is_in_its_own_state(monkeypatch):
                 if progress:
                     assert layer.inactive_channels == closed[progress]
             assert len(formula) == (len(dgc_layers(gated)) if name == "reference" else 0), variant.name
-            assert all(layer.lasso is None for layer in dgc_layers(gated))  # it holds memory
+            assert all(layer.penalty is None for layer in dgc_layers(gated))  # it holds memory
     assert ops._forced is None
 
 

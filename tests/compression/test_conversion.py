@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 
 from dgc_fastai import DynamicGroupConv2d, budget, convert, gate_penalty, set_progress
-from dgc_fastai.layers.dynamic_group_conv import dgc_layers
+from dgc_fastai.layers.gate_schedule import dgc_layers
 from helpers.golden import close, equal_states, evaluating
 
 # Nobody picked these: of timm 1.0.31's 424 networks under 60 M parameters that are made of convolutions, norms and at

@@ -18,7 +18,7 @@ from torch import nn
 
 from dgc_fastai import DynamicGroupConv2d, budget, load_recipe
 from dgc_fastai.data.loaders import build_dataloaders, input_size
-from dgc_fastai.layers.dynamic_group_conv import dgc_layers
+from dgc_fastai.layers.gate_schedule import dgc_layers
 from dgc_fastai.training.distributed import join, leave
 from dgc_fastai.training.learner import assemble, build_learner, evaluate, fit
 from dgc_fastai.training.run import train

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dgc_fastai import DynamicGroupConv2d, gate_penalty, set_progress
-from dgc_fastai.layers.dynamic_group_conv import num_inactive
+from dgc_fastai.layers.gate_schedule import num_inactive
 from dgc_fastai.ops import folded_norm, reference
 from dgc_fastai.ops.gated_conv2d import use_formulation
 from dgc_fastai.ops.gates import drop_smallest
@@ -233,10 +233,10 @@ def test_gates_stay_in_float32_under_autocast_and_in_half_precision_weights():
     expected = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
-    assert (y.dtype, layer.lasso.dtype) == (torch.bfloat16, torch.float32)
+    assert (y.dtype, layer.penalty.dtype) == (torch.bfloat16, torch.float32)
     close(y.float(), expected, 2e-2)
     assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    assert layer.lasso.dtype == torch.float32
+    assert layer.penalty.dtype == torch.float32
 
 
 def test_copies_and_pickles_after_a_training_step():

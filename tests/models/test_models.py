@@ -16,7 +16,7 @@ from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgc_fastai import AnnealGates, DynamicGroupConv2d, gate_penalty, set_progress
-from dgc_fastai.layers.dynamic_group_conv import dgc_layers
+from dgc_fastai.layers.gate_schedule import dgc_layers
 from dgc_fastai.layers.group_conv import GroupConv2d, StaticGroupConv2d
 from dgc_fastai.models import dgc_mobilenet
 from dgc_fastai.ops.gated_conv2d import use_formulation

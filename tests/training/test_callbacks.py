@@ -16,7 +16,7 @@ from fastai.optimizer import SGD
 from torch.testing import assert_close
 
 from dgc_fastai import AnnealGates, set_progress
-from dgc_fastai.layers.dynamic_group_conv import dgc_layers, num_inactive
+from dgc_fastai.layers.gate_schedule import dgc_layers, num_inactive
 from dgc_fastai.models.checkpoints import _translate
 from dgc_fastai.ops.gated_conv2d import use_formulation
 from dgc_fastai.recipe.schema import Recipe
@@ -34,7 +34,7 @@ class Spy(Callback):
 
     def after_loss(self):
         if self.training:
-            lasso = sum(layer.lasso for layer in dgc_layers(self.model))
+            lasso = sum(layer.penalty for layer in dgc_layers(self.model))
             inactive = [int(layer.inactive_channels) for layer in dgc_layers(self.model)]
             loss, lr = float(self.learn.loss), self.opt.hypers[-1]["lr"]
             self.steps.append((loss, float(lasso), lr, self.pct_train, inactive))

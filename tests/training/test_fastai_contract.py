@@ -21,7 +21,7 @@ from fastai.vision.all import (
 )
 
 from dgc_fastai import AnnealGates, convert, dgc_learner, load_checkpoint, save_checkpoint, set_progress
-from dgc_fastai.layers.dynamic_group_conv import dgc_layers
+from dgc_fastai.layers.gate_schedule import dgc_layers
 from helpers.datasets import write_imagenet
 from helpers.golden import equal_states
 

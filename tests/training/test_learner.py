@@ -12,7 +12,8 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 
 from dgc_fastai import build_learner, load_recipe
-from dgc_fastai.layers.dynamic_group_conv import HeadGates, dgc_layers
+from dgc_fastai.layers.dynamic_group_conv import HeadGates
+from dgc_fastai.layers.gate_schedule import dgc_layers
 from dgc_fastai.training.callbacks.ema import AverageWeights
 from dgc_fastai.training.callbacks.mixing import MixUpOrCutMix
 from dgc_fastai.training.callbacks.precision import DeviceMixedPrecision
@@ -364,7 +365,7 @@ def test_bf16_on_a_cpu_keeps_gates_and_lasso_in_float32():
                     module.register_forward_hook(lambda m, _, y: kinds.setdefault(type(m).__name__, set()).add(y.dtype))
 
         def after_loss(self):
-            kinds.setdefault("lasso", set()).update(layer.lasso.dtype for layer in dgc_layers(self.model))
+            kinds.setdefault("lasso", set()).update(layer.penalty.dtype for layer in dgc_layers(self.model))
 
     exact, learn = (
         trained(f"train.precision={name}", "train.epochs=3", callbacks=[Kinds()]) for name in ("float32", "bf16")

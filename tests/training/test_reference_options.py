@@ -8,7 +8,7 @@ import torch
 from fastai.callback.core import CancelFitException
 
 from dgc_fastai import build_learner, load_recipe
-from dgc_fastai.layers.dynamic_group_conv import dgc_layers, gate_penalty
+from dgc_fastai.layers.gate_schedule import dgc_layers, gate_penalty
 from dgc_fastai.training.schedules import schedules
 from helpers import QUICKSTART, ROOT
 from helpers.command_line import only

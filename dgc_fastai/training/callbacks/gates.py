@@ -3,7 +3,7 @@
 from fastai.callback.core import Callback
 from fastai.metrics import ValueMetric
 
-from ...layers.dynamic_group_conv import dgc_layers, gate_penalty, set_progress
+from ...layers.gate_schedule import dgc_layers, gate_penalty, set_progress
 
 
 class AnnealGates(Callback):
