@@ -8,7 +8,7 @@ from .dgc_densenet import DGCDenseNet
 from .dgc_mobilenet import DGCMobileNetV2
 from .dgc_resnet import DGCResNet
 
-# fx feature extraction takes these as leaves
+# timm's feature extraction by torch.fx must not trace into these.
 register_notrace_module(DynamicGroupConv2d)
 register_notrace_module(GroupConv2d)
 

@@ -1,4 +1,4 @@
-"""What the families share: a convolution's place in a network and its twins, and norms fit to be evaluated."""
+"""What the families share: the choice between a DGC layer and its baselines, and statistics for new batch norms."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,14 +17,16 @@ Connection = Literal["dgc", "dense", "sgc"]
 
 
 def connect(conv: nn.Conv2d, connection: Connection, preact: bool = True, **gating) -> nn.Module:
-    """What takes the place of a convolution: a DGC layer, itself ("dense"), or a group convolution ("sgc").
+    """The module that replaces a convolution: a DGC layer ("dgc"), a static group convolution ("sgc"), or the
+    convolution itself ("dense").
 
     Args:
-        gating: `heads`, `squeeze_rate` and `gate_factor`.
-        preact: see `DynamicGroupConv2d`.
+        conv: an ordinary convolution; its weights are used for "dense" only.
+        connection: one of the three.
+        preact, gating: keywords of `DynamicGroupConv2d`. "sgc" reads `heads`, "dense" none.
 
     Raises:
-        ValueError: heads does not divide the channels, or there is no such connection.
+        ValueError: heads does not divide the channels, or the connection is unknown.
     """
     if connection == "dgc":
         return DynamicGroupConv2d.like(conv, preact=preact, **gating)
@@ -36,45 +38,45 @@ def connect(conv: nn.Conv2d, connection: Connection, preact: bool = True, **gati
 
 
 class GatedModel(nn.Module):
-    """Mixed into every family: what DGC adds to timm's contract for a model."""
+    """Mixin of every family: what DGC adds to timm's interface of a model."""
 
     @staticmethod
     def feature_cfg(keywords: dict[str, Any]) -> dict[str, Any]:
-        """How timm takes features from a network of these keywords; timm changes it, so each call gets a new one."""
+        """timm's `feature_cfg` for a network with these keywords. A new dict each time, since timm modifies it."""
         return {}
 
     @torch.jit.ignore
     def connect_convolutions(
-        self, chosen: Callable[[str, nn.Conv2d], bool], connection: Connection, preact: bool = True, **gating
+        self, is_selected: Callable[[str, nn.Conv2d], bool], connection: Connection, preact: bool = True, **gating
     ) -> None:
-        """Give the chosen ones of a ready network's convolutions their connection; see `connect`.
+        """Replace the selected convolutions of a network that is already built; see `connect`.
 
         Args:
-            chosen: tells from its name and itself whether a convolution is meant.
+            is_selected: called with the name and the module of each convolution.
         """
         for name, conv in list(self.named_modules()):
-            if isinstance(conv, nn.Conv2d) and chosen(name, conv):
+            if isinstance(conv, nn.Conv2d) and is_selected(name, conv):
                 self.set_submodule(name, connect(conv, connection, preact, **gating))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The biases of the gates: they start at one, and decay would close them."""
+        """The gates' biases. They start at one; weight decay would close the gates."""
         layers = [(name, module) for name, module in self.named_modules() if isinstance(module, DynamicGroupConv2d)]
         return {f"{name}.gates.bias" for name, _ in layers}
 
     @torch.jit.ignore
-    def settle_norms(self) -> None:
-        """Set the statistics of every batch norm to those of a few images of noise.
+    def init_norm_stats(self) -> None:
+        """Initialize the running statistics of all batch norms from 15 images of noise.
 
-        A batch norm starts with mean 0 and variance 1. Gates multiply features by features, so in a network in
-        evaluation mode that has seen no data yet each layer would square what comes in, and the tenth or so
-        overflow. Training forgets these statistics as it would forget the others.
+        Gates multiply features by features. In evaluation mode, with the usual initial mean 0 and variance 1, each
+        layer of an untrained network would square the scale of its input and about the tenth would overflow. Training
+        replaces these statistics as it would replace 0 and 1.
         """
         first = next(module for module in self.modules() if isinstance(module, nn.Conv2d))
         if first.weight.is_meta:
             return
-        # Images stay in bounds if they are no more extreme than what was seen here: hence noise from one colour to
-        # single pixels, from faint to three standard deviations.
+        # Images whose contrast and grain lie within this range do not overflow: from one color to single pixels, and
+        # from 0.3 to 3 standard deviations.
         side = max(32, 4 * self.feature_info[-1]["reduction"])
         draw = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         noise = torch.cat(
@@ -88,9 +90,9 @@ class GatedModel(nn.Module):
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         momenta = [norm.momentum for norm in norms]
         training = self.training
-        self.eval()  # dropout and stochastic depth stay out of it
+        self.eval()  # no dropout, no stochastic depth
         for norm in norms:
-            norm.train().momentum = None  # the plain mean over batches, of which there is one
+            norm.train().momentum = None  # a cumulative average; here, the statistics of the one batch
         with torch.no_grad():
             self.forward_features(noise.to(first.weight))
         for norm, momentum in zip(norms, momenta):

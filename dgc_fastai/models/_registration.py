@@ -1,4 +1,4 @@
-"""How a network and its twins without gates are made known to timm."""
+"""Registration with timm: each network, and its baselines without gates."""
 
 import sys
 from typing import Any
@@ -8,23 +8,23 @@ from timm.models import build_model_with_cfg, register_model
 
 from ._blocks import GatedModel
 
-_TWINS = {"": "dgc", "_dense": "dense", "_sgc": "sgc"}
+_CONNECTIONS = {"": "dgc", "_dense": "dense", "_sgc": "sgc"}
 
 
-def with_twins(*names: str) -> list[str]:
-    """The names of networks and of their twins."""
-    return [name + suffix for name in names for suffix in _TWINS]
+def with_baselines(*names: str) -> list[str]:
+    """The names of these networks and of their baselines: `_dense` and `_sgc`, static group convolutions."""
+    return [name + suffix for name in names for suffix in _CONNECTIONS]
 
 
 def register_network(network: type[GatedModel], name: str, **defaults: Any) -> None:
-    """Register a network with timm, and its `_dense` and `_sgc` twins.
+    """Register a network with timm, and its baselines `_dense` and `_sgc`.
 
     Args:
-        network: the class; its module has a `default_cfgs` with all three names.
-        name: what `timm.create_model` shall know it by.
+        network: its class. The module that defines it has a `default_cfgs` with all three names.
+        name: for `timm.create_model`.
         defaults: keywords of `network`.
     """
-    for suffix, connection in _TWINS.items():
+    for suffix, connection in _CONNECTIONS.items():
         register_model(_entry_point(network, name + suffix, {**defaults, "connection": connection}))
 
 
@@ -34,7 +34,7 @@ def _entry_point(network: type[GatedModel], name: str, defaults: dict[str, Any])
         keywords.setdefault("feature_cfg", network.feature_cfg(keywords))
         return build_model_with_cfg(network, name, pretrained, **keywords)
 
-    # timm registers a function of a module by its name.
+    # timm looks the function up by its name in its module.
     create.__name__ = create.__qualname__ = name
     create.__module__ = network.__module__
     setattr(sys.modules[network.__module__], name, create)
@@ -42,7 +42,7 @@ def _entry_point(network: type[GatedModel], name: str, defaults: dict[str, Any])
 
 
 def imagenet_cfg(**kwargs) -> dict[str, Any]:
-    """timm's configuration of the ImageNet networks: 224 px, cut from the centre of 256 px."""
+    """timm's configuration of the ImageNet networks: 224 px, cropped from the center of 256 px."""
     return {
         "url": "",
         "num_classes": 1000,

@@ -1,7 +1,6 @@
-"""Weights in and out: our safetensors, and the `.pth.tar` of the authors' code.
+"""Saving and loading weights: our safetensors files, and the `.pth.tar` files of the authors' code.
 
-Nothing here executes code from a file: safetensors cannot hold any, and PyTorch files are read with
-`weights_only`.
+No code from a file is executed: safetensors files cannot contain any, and PyTorch files are read with `weights_only`.
 """
 
 import re
@@ -9,42 +8,44 @@ import warnings
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import safetensors
 import safetensors.torch
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ..layers.dynamic_group_conv import DynamicGroupConv2d
-from ..utils.errors import CheckpointError
+from ..recipe.loading import parse_recipe
+from ..utils.errors import CheckpointError, RecipeError
 from ..utils.files import write_atomically
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
 def save_checkpoint(model: nn.Module, path: Union[str, Path], metadata: Optional[dict[str, str]] = None) -> None:
-    """Write a model's weights, norm statistics and gate progress to a safetensors file, atomically.
+    """Write a model's parameters and buffers to a safetensors file, atomically. The progress of the gates is a buffer.
 
     Args:
         model: any module.
         path: the file to write.
-        metadata: kept in the file's header, beside the tensors.
+        metadata: for the header of the file.
 
     Raises:
-        WriteError: the file cannot be written; one that was there stays as it was.
+        WriteError: the file cannot be written. A file that was there is unchanged.
     """
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, safetensors.torch.save(state, metadata))
 
 
 def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
-    """Load a checkpoint of ours or of the authors' code into a model, and return the model.
+    """Load a checkpoint, ours or the authors', into a model, and return the model.
 
-    The kind of file is told by its content, not its name. Every tensor of the model must be in the file and
-    every tensor of the file in the model.
+    The type of the file is recognized by its content, not by its name. The file and the model must have the same
+    tensors.
 
     Args:
-        model: the network the checkpoint was made with.
-        path: a safetensors file, or a PyTorch file with a `state_dict`, of ours or of the reference.
+        model: a network of the architecture that the checkpoint was saved from.
+        path: a safetensors file, or a PyTorch file with a `state_dict`, ours or the authors'.
 
     Raises:
         CheckpointError: the file is missing, damaged, not a checkpoint, or of another network. The model is
@@ -54,7 +55,7 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
     state = _read(path)
     try:
         state = _translate(state)
-    except (IndexError, RuntimeError, TypeError) as error:  # heads that do not go together, names that are numbers
+    except (IndexError, RuntimeError, TypeError) as error:  # heads of unequal shapes, names that are numbers
         reason = str(error).split("\n")[0][:120]
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {reason}") from None
     _check_fit(model, state, path)
@@ -69,12 +70,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read the checkpoint: {error.strerror}") from None
     try:
-        if head[8:9] == b"{":  # a safetensors file: eight bytes of length, then a JSON header
+        if head[8:9] == b"{":  # safetensors: the length in eight bytes, then a JSON header
             return safetensors.torch.load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it finds odd about a file that it then refuses
+            warnings.simplefilter("ignore")  # about a file that it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each parser has errors of its own; whichever it was, the file is no good
+    except Exception as error:  # each parser raises errors of its own
         reason = "it holds more than weights" if "Unsupported" in str(error) else "damaged or not a checkpoint"
         lines = str(error).strip().split("\n")
         detail = next((line for line in lines if "Unsupported" in line), lines[0]).strip()[:120]
@@ -85,7 +86,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     return state
 
 
-# The reference's names -> ours. A name that matches none is already ours.
+# The authors' names -> ours. A name that matches no pattern is already ours.
 _RENAMES = [
     (r"^module\.", ""),
     (r"^features\.init_conv\.", "stem."),
@@ -100,7 +101,7 @@ _HEAD_NAMES = {"fc1.weight": "gates.squeeze", "fc2.weight": "gates.excite", "fc2
 
 
 def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's state dict in our names, heads batched; one of ours as it is."""
+    """The authors' state dict with our names and the heads in one tensor; one of ours as it is."""
     ours: dict[str, Any] = {}
     heads: dict[tuple[str, str], dict[int, Tensor]] = {}
     for name, tensor in state.items():
@@ -122,10 +123,20 @@ def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def _takes(tensor: Tensor, other: Tensor) -> bool:
-    """Whether the values of the other, of a file, can be copied: floats of any size are floats, and nothing else is."""
-    plain = other.layout == torch.strided and other.device.type == "cpu" and not other.is_quantized
-    return plain and other.is_floating_point() == tensor.is_floating_point() and not other.is_complex()
+def _can_copy(source: Tensor, target: Tensor) -> bool:
+    """Whether a tensor of a file can be copied into one of the model: float to float of any size, integer to integer."""
+    plain = source.layout == torch.strided and source.device.type == "cpu" and not source.is_quantized
+    return plain and source.is_floating_point() == target.is_floating_point() and not source.is_complex()
+
+
+def _saved_arch(path: Path) -> Optional[str]:
+    """timm's name of the network in the weights of a run, which carry their recipe; None for other files."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            recipe = (file.metadata() or {})["recipe"]
+        return parse_recipe(recipe, str(path)).model.arch
+    except (OSError, safetensors.SafetensorError, KeyError, RecipeError):
+        return None
 
 
 def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -147,13 +158,16 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             [
                 f"{name} {state[name].dtype}".replace("torch.", "")
                 for name, tensor in expected.items()
-                if name in state and not _takes(tensor, state[name])
+                if name in state and not _can_copy(state[name], tensor)
             ],
         ),
     ):
         if names:
             problems.append(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
     if problems:
+        saved, arch = _saved_arch(path), (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+        if saved and arch and saved != arch:
+            raise CheckpointError(f"{path}: holds weights of {saved}, which do not fit {arch}")
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems)}")
     for prefix, module in model.named_modules():
         if isinstance(module, DynamicGroupConv2d):

@@ -1,4 +1,4 @@
-"""What a network costs for one image: multiply-accumulates and parameters, layer by layer."""
+"""The cost of a network for one image: multiply-accumulates (MACs) and parameters, layer by layer."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -18,53 +18,53 @@ __all__ = ["Budget", "LayerBudget", "budget"]
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """One convolution or linear layer. MACs are multiply-accumulates for one image, gates included."""
+    """The cost of one convolution or linear layer for one image. MACs include those of the gates."""
 
     name: str
     kind: str
     output: tuple[int, ...]
-    """Shape without the batch."""
+    """Shape of the output, without the batch."""
     macs: int
-    """With the target share of channels kept."""
+    """MACs with the target share of channels kept, `gate_factor`."""
     macs_now: int
-    """With the channels kept that the layer keeps at present."""
+    """MACs with as many channels kept as the layer keeps now."""
     macs_dense: int
-    """Of an ordinary convolution in its place."""
+    """MACs of an ordinary convolution of the same shape."""
     parameters: int
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Cost of a network for one image."""
+    """The cost of a network for one image."""
 
     layers: tuple[LayerBudget, ...]
     operations: float
-    """The count that the authors publish: MACs with `gate_factor` x channels kept, not rounded, plus one
-    operation for each value that a ReLU, pooling window or gate reads, and for each bias."""
+    """The authors' count, as published: MACs with `gate_factor * channels` channels kept, not rounded, plus one
+    operation for each value that a ReLU, a pooling window or a gate reads, and for each bias."""
     parameters: int
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates with the target share of channels kept."""
+        """MACs with the target share of channels kept."""
         return sum(layer.macs for layer in self.layers)
 
     @property
     def macs_now(self) -> int:
-        """Multiply-accumulates with the channels kept that are kept at present."""
+        """MACs with as many channels kept as are kept now."""
         return sum(layer.macs_now for layer in self.layers)
 
     @property
     def macs_dense(self) -> int:
-        """Multiply-accumulates of the network with an ordinary convolution for each DGC layer."""
+        """MACs of the network with an ordinary convolution in place of each DGC layer."""
         return sum(layer.macs_dense for layer in self.layers)
 
 
 def budget(model: nn.Module, input_size: Union[int, Sequence[int]]) -> Budget:
-    """Count a network's cost for one image, without running it.
+    """Count the cost of a network for one image, from shapes alone: no weight is read, no image computed.
 
     Args:
-        model: any network of convolutions and linear layers, perhaps on the meta device; it is left as it is.
-        input_size: (channels, height, width), or the side of a square image of 3 channels.
+        model: any network of convolutions and linear layers, on any device, "meta" included. It is not changed.
+        input_size: (channels, height, width), or the side of a square image of 3 channels, in pixels.
 
     Raises:
         ValueError: the network cannot take an image of that size.
@@ -73,8 +73,8 @@ def budget(model: nn.Module, input_size: Union[int, Sequence[int]]) -> Budget:
     counter = _Counter(model)
     with torch.no_grad(), counter:
         try:
-            # On the meta device shapes are computed and nothing else is.
-            counter.twin(torch.empty(1, *shape, device="meta"))
+            # The meta device computes shapes only.
+            counter.shadow(torch.empty(1, *shape, device="meta"))
         except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the network cannot take images of {shape}: {reason}") from None
@@ -83,12 +83,12 @@ def budget(model: nn.Module, input_size: Union[int, Sequence[int]]) -> Budget:
 
 
 class _Counter:
-    """Counts while a shadow of the model runs on the meta device."""
+    """Counts, by hooks, while a copy of the model runs on the meta device."""
 
     def __init__(self, model: nn.Module):
         self.layers: list[LayerBudget] = []
         self.operations = 0.0
-        self.twin = copy.deepcopy(model).to("meta").float().eval()
+        self.shadow = copy.deepcopy(model).to("meta").float().eval()
         self.inactive = {
             name: 0 if module.inactive_channels.is_meta else int(module.inactive_channels)
             for name, module in model.named_modules()
@@ -97,7 +97,7 @@ class _Counter:
         self.handles: list = []
 
     def __enter__(self) -> None:
-        for name, module in self.twin.named_modules():
+        for name, module in self.shadow.named_modules():
             count = next((count for kind, count in self._counts.items() if isinstance(module, kind)), None)
             if count:
                 self.handles.append(module.register_forward_hook(partial(self._visit, name, count)))
@@ -121,8 +121,8 @@ class _Counter:
         target = channels - num_inactive(channels, module.gate_factor, 1)
         now = channels - self.inactive[name]
         self._add(name, module, output, *(kept * per_channel + gates for kept in (target, now)), channels * per_channel)
-        # Pooling, and ReLU where it is the layer's own, read the whole input; each head has two ReLUs, a bias and a
-        # product with the gates.
+        # Pooling and the layer's own ReLU, if any, read the whole input. Each head has two ReLUs, a bias and a product
+        # with the gates.
         hidden = module.gates.squeeze.shape[1]
         self.operations += (2 if module.preact else 1) * x[0].numel() + module.heads * (hidden + 3 * channels) + gates
         self.operations += channels * per_channel * module.gate_factor

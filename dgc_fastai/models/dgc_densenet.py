@@ -1,6 +1,6 @@
-"""DenseNets whose 1x1 convolutions are DGC layers, and their twins without gates. Paper, section 4.
+"""DenseNets whose 1x1 convolutions are DGC layers, and their baselines without gates. Paper, section 4.
 
-`dgc_densenet86` is the CIFAR network, `dgc_condensenet74` the ImageNet one, `dgc_densenet22` a small one.
+`dgc_densenet86` is the paper's CIFAR network, `dgc_condensenet74` its ImageNet network; `dgc_densenet22` is smaller.
 """
 
 from collections import OrderedDict
@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from ..layers.dynamic_group_conv import DynamicGroupConv2d
 from ..layers.group_conv import GroupConv2d
 from ._blocks import Connection, GatedModel, connect
-from ._registration import imagenet_cfg, register_network, with_twins
+from ._registration import imagenet_cfg, register_network, with_baselines
 
 __all__ = ["DGCDenseNet"]
 
 
 class NormReluConv(nn.Sequential):
-    """Batch norm, ReLU, convolution: what a DGC layer replaces when the convolution is 1x1."""
+    """Batch norm, ReLU, convolution. A DGC layer replaces all three where the convolution is 1x1."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class NormReluConv(nn.Sequential):
 
 
 class DenseLayer(nn.Module):
-    """Two convolutions whose output joins their input: [B, C, H, W] -> [B, C + growth, H, W]."""
+    """Concatenates its input and the output of two convolutions: [B, C, H, W] -> [B, C + growth, H, W]."""
 
     def __init__(self, conv1: nn.Module, conv2: nn.Module):
         super().__init__()
@@ -58,8 +58,8 @@ class DenseLayer(nn.Module):
 
 
 @contextmanager
-def uncounted(module: nn.Module) -> Iterator[None]:
-    """A batch that is seen a second time does not count twice in the norms' statistics."""
+def frozen_norm_stats(module: nn.Module) -> Iterator[None]:
+    """Leaves the running statistics of batch norms as they are, so that a recomputed batch does not count twice."""
     norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -72,7 +72,7 @@ def uncounted(module: nn.Module) -> Iterator[None]:
 
 
 class DenseStage(nn.Module):
-    """Pooling by two (not in the first stage), then dense layers."""
+    """Average pooling by two (`pool`), then dense layers."""
 
     def __init__(self, layers: Sequence[DenseLayer], pool: bool, memory_efficient: bool = False):
         super().__init__()
@@ -87,13 +87,14 @@ class DenseStage(nn.Module):
             if self.grad_checkpointing:
                 return checkpoint_seq(self.layers, x)
             if self.memory_efficient and self.training and torch.is_grad_enabled():
-                return self._recomputed(x)
+                return self._forward_recomputing(x)
         return self.layers(x)
 
     @torch.jit.ignore
-    def _recomputed(self, x: Tensor) -> Tensor:
-        """As `layers`, but keeps only what each layer adds: concatenations, whose sizes add up to the square of the
-        depth, their norms and ReLUs are made again in the backward pass (Pleiss et al., arXiv:1707.06990)."""
+    def _forward_recomputing(self, x: Tensor) -> Tensor:
+        """As `layers`, but saves only the channels that each layer adds. The concatenations, whose total size grows
+        with the square of the depth, and their norms and ReLUs are recomputed in the backward pass (Pleiss et al.,
+        arXiv:1707.06990)."""
         features = [x]
         for layer in self.layers:
             hidden = checkpoint(
@@ -101,7 +102,7 @@ class DenseStage(nn.Module):
                 *features,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=lambda conv1=layer.conv1: (nullcontext(), uncounted(conv1)),
+                context_fn=lambda conv1=layer.conv1: (nullcontext(), frozen_norm_stats(conv1)),
             )
             features.append(layer.conv2(hidden))
         return torch.cat(features, dim=1)
@@ -119,17 +120,17 @@ class DGCDenseNet(GatedModel):
         stem_stride: 1 for CIFAR's 32 px images, 2 for ImageNet.
         connection: "dgc", or "dense" for ordinary 1x1 convolutions, where `heads`, `squeeze_rate` and
             `gate_factor` have no effect, or "sgc" for 1x1 group convolutions with as many groups as `heads`.
-        memory_efficient: make concatenations again in the backward pass instead of keeping them; same numbers, less
+        memory_efficient: recompute concatenations in the backward pass instead of saving them; same numbers, less
             memory, more time.
         num_classes, in_chans, global_pool, drop_rate: as in every timm model.
 
     Raises:
-        ValueError: stages and growth differ in length, or heads or group_3x3 divides none of its channels.
+        ValueError: stages and growth differ in length, or heads or group_3x3 does not divide the channels of a layer.
     """
 
     @staticmethod
     def feature_cfg(keywords: dict[str, Any]) -> dict[str, Any]:
-        # The feature taps are stages, whatever their number.
+        # One feature map for each stage.
         return dict(flatten_sequential=True, out_indices=tuple(range(len(keywords["stages"]))))
 
     def __init__(
@@ -161,13 +162,15 @@ class DGCDenseNet(GatedModel):
         gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
 
         def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
-            if connection == "dgc":  # norm and ReLU are its own
+            if connection == "dgc":  # which has a norm and a ReLU of its own
                 return DynamicGroupConv2d(in_channels, out_channels, kernel_size=1, **gating)
             block = NormReluConv(in_channels, out_channels, kernel_size=1)
             block.conv = connect(block.conv, connection, **gating)
             return block
 
-        grouped = GroupConv2d if connection == "dgc" else nn.Conv2d  # twins are what PyTorch makes of them
+        grouped = (
+            GroupConv2d if connection == "dgc" else nn.Conv2d
+        )  # baselines are trained by PyTorch's operators alone
         channels, reduction = 2 * growth[0], stem_stride
         self.stem = nn.Conv2d(in_chans, channels, 3, stride=stem_stride, padding=1, bias=False)
         self.stages = nn.Sequential()
@@ -190,7 +193,7 @@ class DGCDenseNet(GatedModel):
         self._set_classifier(num_classes, global_pool)
         self.init_weights()
         if connection == "dgc":
-            self.settle_norms()
+            self.init_norm_stats()
 
     def _set_classifier(self, num_classes: int, global_pool: str) -> None:
         self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, pool_type=global_pool)
@@ -200,7 +203,7 @@ class DGCDenseNet(GatedModel):
     def init_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # As the authors do: the fan-out of a group convolution counts the filters of all groups.
+                # As in the authors' code, the fan-out of a group convolution counts the filters of all groups.
                 kh, kw = module.kernel_size
                 nn.init.normal_(module.weight, std=(2 / (kh * kw * module.out_channels)) ** 0.5)
             elif isinstance(module, nn.Linear):
@@ -235,15 +238,15 @@ class DGCDenseNet(GatedModel):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
-        """The outputs of the chosen stages, and the final features unless `intermediates_only`.
+        """The outputs of the selected stages, and the final features unless `intermediates_only`.
 
         Args:
             x: images [B, in_chans, H, W].
             indices: the last n stages if a number, all if None, else those listed.
             norm: apply the final norm and ReLU to the last stage's intermediate.
-            stop_early: run no stage after the last one chosen.
+            stop_early: run no stage after the last selected one.
             output_fmt: only "NCHW".
-            intermediates_only: leave the final features out.
+            intermediates_only: do not return the final features.
         """
         assert output_fmt == "NCHW", "Output shape must be NCHW."
         intermediates = []
@@ -268,7 +271,7 @@ class DGCDenseNet(GatedModel):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Delete what the chosen intermediates do not need."""
+        """Delete what the selected intermediates do not need."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
@@ -292,7 +295,7 @@ class DGCDenseNet(GatedModel):
 
 
 def _cifar_cfg(**kwargs) -> dict:
-    # CIFAR-10's statistics, to the digits that the authors used.
+    # CIFAR-10's statistics, rounded as in the authors' code.
     mean, std = (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)
     cfg = dict(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=mean, std=std)
     return imagenet_cfg(**cfg, **kwargs)
@@ -300,13 +303,13 @@ def _cifar_cfg(**kwargs) -> dict:
 
 _HEAD = dict(first_conv="stem", classifier="classifier")
 default_cfgs = generate_default_cfgs(
-    {name: _cifar_cfg(**_HEAD) for name in with_twins("dgc_densenet22", "dgc_densenet86")}
-    | {name: imagenet_cfg(pool_size=(7, 7), **_HEAD) for name in with_twins("dgc_condensenet74")}
+    {name: _cifar_cfg(**_HEAD) for name in with_baselines("dgc_densenet22", "dgc_densenet86")}
+    | {name: imagenet_cfg(pool_size=(7, 7), **_HEAD) for name in with_baselines("dgc_condensenet74")}
 )
 
 
 # As published for CIFAR, 32 px, and for ImageNet, 224 px, both with gate factor 0.25.
 register_network(DGCDenseNet, "dgc_densenet86", stages=(14, 14, 14), growth=(8, 16, 32))
 register_network(DGCDenseNet, "dgc_condensenet74", stages=(4, 6, 8, 10, 8), growth=(8, 16, 32, 64, 128), stem_stride=2)
-# An eighth of dgc_densenet86's operations, for machines without a GPU.
+# An eighth of dgc_densenet86's operations, for training without a GPU.
 register_network(DGCDenseNet, "dgc_densenet22", stages=(3, 3, 4), growth=(8, 16, 32))

@@ -1,8 +1,8 @@
-"""MobileNetV2 whose 1x1 convolutions are DGC layers, and its twins without gates. Not in the paper.
+"""MobileNetV2 whose 1x1 convolutions are DGC layers, and its baselines without gates. Not in the paper.
 
-The network is timm's. Its 1x1 convolutions hold nine tenths of the operations; the depthwise ones between
-them have one input channel each and nothing to choose. Norms and activations stay where MobileNetV2 has
-them, since its bottlenecks are linear on purpose: the DGC layers bring none of their own.
+The network is timm's. Its 1x1 convolutions do nine tenths of the operations; each filter of the depthwise ones between
+them has a single input channel, so there is nothing to select. Normalization layers and activations stay where
+MobileNetV2 has them, since its bottlenecks are linear by design: the DGC layers have none of their own.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ from timm.models._efficientnet_builder import decode_arch_def, efficientnet_init
 from timm.models.efficientnet import EfficientNet
 
 from ._blocks import Connection, GatedModel
-from ._registration import imagenet_cfg, register_network, with_twins
+from ._registration import imagenet_cfg, register_network, with_baselines
 
 __all__ = ["DGCMobileNetV2"]
 
-# Kind of block, repeats, kernel, stride, expansion and channels of each stage (Sandler et al., CVPR 2018, table 2).
+# Type of block, repeats, kernel, stride, expansion and channels of each stage (Sandler et al., CVPR 2018, table 2).
 _STAGES = [
     ["ds_r1_k3_s1_c16"],
     ["ir_r2_k3_s2_e6_c24"],
@@ -58,7 +58,7 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
         gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
         self.connect_convolutions(lambda name, conv: conv.kernel_size == (1, 1), connection, preact=False, **gating)
         if connection == "dgc":
-            self.settle_norms()
+            self.init_norm_stats()
         elif connection == "sgc":
             efficientnet_init_weights(self)
 
@@ -66,7 +66,7 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
 default_cfgs = generate_default_cfgs(
     {
         name: imagenet_cfg(first_conv="conv_stem", classifier="classifier", pool_size=(7, 7))
-        for name in with_twins("dgc_mobilenetv2_100")
+        for name in with_baselines("dgc_mobilenetv2_100")
     }
 )
 

@@ -1,7 +1,7 @@
-"""ResNets whose every convolution after the stem is a DGC layer, and their twins without gates.
+"""ResNets in which every convolution after the stem is a DGC layer, and their baselines without gates.
 
-The network is timm's, so everything timm offers for a ResNet works; a DGC layer takes each convolution's
-place and keeps the batch norm that follows it. Paper, section 4 (ResNet-18 on ImageNet).
+The network is timm's, so everything that timm offers for a ResNet works. A DGC layer replaces each convolution; the
+batch norm that follows stays. Paper, section 4 (ResNet-18 on ImageNet).
 """
 
 from timm.models import generate_default_cfgs
@@ -9,7 +9,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers.gate_schedule import dgc_layers
 from ._blocks import Connection, GatedModel
-from ._registration import imagenet_cfg, register_network, with_twins
+from ._registration import imagenet_cfg, register_network, with_baselines
 
 __all__ = ["DGCResNet"]
 
@@ -21,8 +21,8 @@ class DGCResNet(GatedModel, ResNet):
         heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
         connection: "dgc", or "dense" for the ordinary ResNet, where the three arguments above have no effect, or
             "sgc" for ordinary group convolutions with as many groups as `heads`.
-        memory_efficient: compute the norms of the DGC layers, of which an ordinary ResNet has half as many, again in
-            the backward pass instead of keeping what comes out of them; same numbers.
+        memory_efficient: recompute the outputs of the DGC layers' own norms in the backward pass instead of saving
+            them (an ordinary ResNet does not have these norms); same numbers.
         kwargs: of `timm.models.resnet.ResNet`.
 
     Raises:
@@ -46,14 +46,14 @@ class DGCResNet(GatedModel, ResNet):
         if connection == "dgc":
             for layer in dgc_layers(self):
                 layer.memory_efficient = memory_efficient
-            self.settle_norms()
+            self.init_norm_stats()
         elif connection == "sgc":
             self.init_weights(zero_init_last=False)
 
 
 _CFG = imagenet_cfg(first_conv="conv1", classifier="fc", pool_size=(7, 7))
 default_cfgs = generate_default_cfgs(
-    {name: _CFG for name in with_twins("dgc_resnet18", "dgc_resnet34", "dgc_resnet50")}
+    {name: _CFG for name in with_baselines("dgc_resnet18", "dgc_resnet34", "dgc_resnet50")}
 )
 
 # As published for ImageNet, with gate factor 0.45.

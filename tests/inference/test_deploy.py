@@ -32,7 +32,7 @@ def network(name="dgc_densenet22", progress=1.0, **keywords):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.3, 0.3)
-    model.settle_norms()
+    model.init_norm_stats()
     nn.init.normal_(model.get_classifier().weight, std=0.1)
     set_progress(model, progress)
     return model.eval()

@@ -13,6 +13,7 @@ import torch
 from dgc_fastai import CheckpointError, load_checkpoint, save_checkpoint, set_progress
 from dgc_fastai.utils.errors import WriteError
 from dgc_fastai.utils.files import write_atomically
+from helpers import QUICKSTART
 from helpers.corruption import other_byte
 from helpers.golden import DATA, close, equal_states, group, make_state, read, read_json, tiny_densenet
 
@@ -98,6 +99,39 @@ def refused(path, model=None):
     message = str(error.value)
     assert message.startswith(str(path)) and "\n" not in message
     return message
+
+
+def recipe_of(arch):
+    return {"recipe": QUICKSTART.read_text().replace("arch: dgc_densenet86, stages: [4, 4, 4]", f"arch: {arch}")}
+
+
+@pytest.mark.parametrize("arch", ["dgc_resnet18", "dgc_resnet18_dense", "dgc_densenet22"])
+def test_weights_of_a_run_of_another_network_are_refused_by_its_name(arch, tmp_path):
+    path = tmp_path / "best.safetensors"
+    save_checkpoint(tiny_densenet(), path, recipe_of("dgc_densenet86"))
+    message = refused(path, timm.create_model(arch))
+    assert message == f"{path}: holds weights of dgc_densenet86, which do not fit {arch}"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        pytest.param(recipe_of("dgc_densenet86"), id="same name"),
+        pytest.param(None, id="no metadata"),
+        pytest.param({"classes": "[]"}, id="no recipe"),
+        pytest.param({"recipe": "name: ["}, id="no YAML"),
+        pytest.param({"recipe": "name: x"}, id="recipe without a network"),
+    ],
+)
+def test_tensors_are_listed_where_the_names_of_the_networks_do_not_explain_it(metadata, tmp_path):
+    save_checkpoint(tiny_densenet(), tmp_path / "tiny.safetensors", metadata)
+    other = timm.create_model("dgc_densenet86", num_classes=10)
+    assert "missing (stages.0.layers.2.conv1." in refused(tmp_path / "tiny.safetensors", other)
+
+
+def test_weights_that_fit_are_loaded_whatever_their_network_is_called(tmp_path):
+    save_checkpoint(tiny_densenet(), tmp_path / "x.safetensors", recipe_of("dgc_resnet18"))
+    load_checkpoint(tiny_densenet(), tmp_path / "x.safetensors")
 
 
 def test_other_networks_are_refused_by_name_of_what_differs(tmp_path, stand_in):

@@ -202,7 +202,7 @@ def test_a_new_network_can_be_evaluated(name):
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert all(norm.num_batches_tracked == 0 and norm.momentum is not None for norm in norms)
     before = torch.get_rng_state()
-    model.settle_norms()
+    model.init_norm_stats()
     assert torch.equal(torch.get_rng_state(), before)
 
 
