@@ -178,7 +178,7 @@ def training_step(recipe: Recipe, network: nn.Module, images: Tensor, labels: Te
     """
     learn = assemble(recipe, DataLoaders(), network)
     learn.opt.set_hyper("lr", 0.0)
-    optimizer, loss_function, lasso = learn.opt.opt, learn.loss_func, recipe.train.lasso
+    optimizer, loss_function, lasso = learn.opt.opt, learn.loss_func, recipe.train.lasso_weight
     # A training run soon finds a scale that overflows nowhere; here no step is to be skipped.
     scaler = torch.amp.GradScaler(images.device.type, init_scale=1.0, enabled=recipe.train.precision == "fp16")
 

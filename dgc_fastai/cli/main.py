@@ -20,7 +20,7 @@ from rich.table import Table
 from ..analysis.compare import show_comparison
 from ..recipe.catalogue import copy_recipe, describe_recipes
 from ..recipe.loading import load_recipe
-from ..recipe.machine import check_compiler, check_data, check_device, check_processes, preflight
+from ..recipe.machine import check_compiler, check_data, check_device, check_processes, check_machine
 from ..utils import launch
 from ..utils.errors import CheckpointError, Interrupted, LostProcess, UserError
 
@@ -28,7 +28,7 @@ app = App(
     name="app.py", help=__doc__, suppress_keyboard_interrupt=False, result_action="return_value", version_flags=()
 )
 # Of several processes, the first prints; an error comes from the one that has met it.
-console, errors = Console(quiet=not launch.is_first()), Console(stderr=True)
+console, errors = Console(quiet=not launch.is_main_process()), Console(stderr=True)
 warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
 
 RecipeFile = Annotated[Path, Parameter(help="A recipe, such as recipes/quickstart.yaml.")]
@@ -48,7 +48,7 @@ def train(
         Go on with the newest interrupted run of this recipe, if there is one.
     """
     plan = load_recipe(recipe, overrides)
-    preflight(plan)
+    check_machine(plan)
     with console.status("Starting torch and fastai, reading the data"):
         from ..data.loaders import input_size
         from ..models.cost import budget
@@ -74,7 +74,7 @@ def train(
 def check(recipe: RecipeFile, /, *overrides: Overrides) -> None:
     """Validate RECIPE, and print it and what its network costs."""
     plan = load_recipe(recipe, overrides)
-    preflight(plan)
+    check_machine(plan)
     with console.status("Starting torch and timm"):
         from ..models.factory import network_cost
         from .tables import show_budget, show_recipe
@@ -111,7 +111,7 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
         learn = build_learner(plan)
         load_checkpoint(learn.model, weights)
     with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), lost_processes_named():
-        with learn.added_cbs([TrainingDisplay(console)] if launch.is_first() else []):
+        with learn.added_cbs([TrainingDisplay(console)] if launch.is_main_process() else []):
             result = measure(learn)
     leave()
     top_1, top_5 = (f"{100 * result[name]:.2f} %" for name in ("top_1", "top_5"))
@@ -262,8 +262,8 @@ def main() -> int:
     """Run the command line; a mistake of the user's is one line and exit code 2."""
     try:
         command, arguments, _ = app.parse_args(sys.argv[1:], exit_on_error=False, print_error=False)
-        if launch.processes() > 1 and command not in (train, evaluate):
-            raise UserError(f"{command.__name__} takes one process, and {launch.processes()} were started")
+        if launch.world_size() > 1 and command not in (train, evaluate):
+            raise UserError(f"{command.__name__} takes one process, and {launch.world_size()} were started")
         command(*arguments.args, **arguments.kwargs)
         sys.stdout.flush()
     except CycloptsError as error:
@@ -278,7 +278,7 @@ def main() -> int:
         code, message = 2, f"cannot go on: {error}"
     except Interrupted as stop:
         message, signal = stop.args
-        if launch.is_first():
+        if launch.is_main_process():
             errors.print(message, style="bold", highlight=False, markup=False, soft_wrap=True)
         return 128 + signal
     except KeyboardInterrupt:

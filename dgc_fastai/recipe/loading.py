@@ -15,10 +15,14 @@ from .schema import Data, Log, Model, Recipe, Section, Train
 from .yaml_text import parse_yaml
 
 
+# Keys of earlier versions: saved weights carry the recipe they were trained with.
+RENAMED_KEYS: dict[tuple, str] = {("train", "lasso"): "lasso_weight"}
+
+
 def load_recipe(path: Union[str, Path], overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply overrides, check every key and value.
 
-    Whether data, output folder and device exist is another question: see `dgc_fastai.preflight`.
+    Whether data, output folder and device exist is another question: see `dgc_fastai.check_machine`.
 
     Args:
         path: a YAML file.
@@ -33,6 +37,7 @@ def load_recipe(path: Union[str, Path], overrides: Iterable[str] = ()) -> Recipe
 def parse_recipe(text: str, where: str, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe that a text holds; `where` names its source in errors. Otherwise as `load_recipe`."""
     content, lines = _parse_sections(text, where)
+    _rename_old_keys(content, lines)
     for override in overrides:
         _override(content, lines, override)
     try:
@@ -104,11 +109,23 @@ def _parse_sections(text: str, where: str) -> tuple[dict, dict[tuple, str]]:
     return content, lines
 
 
+def _rename_old_keys(content: dict, lines: dict[tuple, str]) -> None:
+    for (section, old), new in RENAMED_KEYS.items():
+        values = content.get(section)
+        if isinstance(values, dict) and old in values:
+            where = lines.pop((section, old))
+            if new in values:
+                raise RecipeError(f"{where}: {section}.{old} is the old name of {section}.{new}; remove one of them")
+            values[new], lines[section, new] = values.pop(old), where
+
+
 def _override(content: dict, lines: dict[tuple, str], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
         raise RecipeError(f"{override}: an override reads section.key=value, such as train.epochs=10")
     place = tuple(name.split("."))
+    if place in RENAMED_KEYS:
+        place = place[0], RENAMED_KEYS[place]
     section = content
     for key in place[:-1]:
         if not isinstance(section.setdefault(key, {}), dict):

@@ -13,7 +13,7 @@ from ..utils import launch
 from ..utils.errors import RecipeError
 from .schema import Data, Recipe
 
-__all__ = ["preflight"]
+__all__ = ["check_machine"]
 
 FETCH = {
     "fashion_mnist": "install Debian's package dataset-fashion-mnist, or fetch it with "
@@ -26,7 +26,7 @@ CIFAR_FOLDERS = {
 }
 
 
-def preflight(recipe: Recipe) -> None:
+def check_machine(recipe: Recipe) -> None:
     """Check a recipe's data folder, output folder, device and compiler, writing nothing.
 
     Raises:
@@ -142,7 +142,7 @@ def check_device(recipe: Recipe) -> None:
 
 def check_processes(recipe: Recipe) -> None:
     """See that the processes that torchrun or accelerate has started can share the recipe's work."""
-    count, owner = launch.processes(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    count, owner = launch.world_size(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if recipe.data.batch_size % count:
         raise RecipeError(
             f"data.batch_size: {recipe.data.batch_size} images cannot be divided evenly among {count} processes; "

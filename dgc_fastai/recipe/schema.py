@@ -130,7 +130,7 @@ class Data(Section):
 
 
 class Train(Section):
-    """How long and how. `lasso` is the weight of the gates' penalty (the paper's lambda).
+    """How long and how. `lasso_weight` scales the gate penalty (lambda in the paper).
 
     `warmup` is in epochs, `clip` the largest norm of the gradient, `accumulate` batches to a step, `ema` the decay of
     the averaged weights, `mixup` and `cutmix` the alpha of their beta distributions. `nonfinite` is what to do at a
@@ -145,7 +145,7 @@ class Train(Section):
     decay_norms: bool = True
     schedule: Literal["cosine", "multistep", "one_cycle", "flat_cosine"] = "cosine"
     warmup: Annotated[float, Field(ge=0)] = 0.0
-    lasso: Strength = 1e-5
+    lasso_weight: Strength = 1e-5
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixup: Strength = 0.0
     cutmix: Strength = 0.0

@@ -47,13 +47,13 @@ _store: Optional[dist.Store] = None
 def join(device: torch.device) -> None:
     """Find the other processes, if there are any: by NCCL on CUDA, and by gloo for what lies on the CPU."""
     global _store
-    if launch.processes() == 1 or dist.is_initialized():
+    if launch.world_size() == 1 or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, count = next(dist.rendezvous("env://", timeout=PATIENCE))
     _store = _fresh(store, rank, count)
     dist.init_process_group(backend, timeout=PATIENCE, store=_store, rank=rank, world_size=count)
-    if not launch.is_first():  # one of them is enough to say what concerns all
+    if not launch.is_main_process():  # one of them is enough to say what concerns all
         warnings.simplefilter("ignore")
         logging.getLogger("dgc_fastai.ops").setLevel(logging.ERROR)
 
@@ -128,7 +128,7 @@ def gather(content: bytes) -> list[bytes]:
     """What each process has given, in their order."""
     if _store is None:
         return [content]
-    lengths = [torch.tensor(0) for _ in range(launch.processes())]
+    lengths = [torch.tensor(0) for _ in range(launch.world_size())]
     dist.all_gather(lengths, torch.tensor(len(content)))
     padded = torch.frombuffer(bytearray(content.ljust(max(map(int, lengths)), b"\0")), dtype=torch.uint8)
     every = [torch.empty_like(padded) for _ in lengths]
@@ -144,7 +144,7 @@ def from_first(content: Optional[bytes]) -> Optional[bytes]:
     dist.broadcast(size, 0)
     if size < 0:
         return None
-    data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if launch.is_first() else None
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if launch.is_main_process() else None
     data = torch.empty(int(size), dtype=torch.uint8) if data is None else data
     dist.broadcast(data, 0)
     return data.numpy().tobytes()
@@ -172,10 +172,10 @@ def together(learn: Learner) -> Iterator[None]:
     }
     loaders = list(learn.dls)
     for loader in loaders:
-        loader.share(launch.rank(), launch.processes())
+        loader.share(launch.rank(), launch.world_size())
         version, numbers, gauss = json.loads(from_first(json.dumps(loader.rng.getstate()).encode()))
         loader.rng.setstate((version, tuple(numbers), gauss))  # one order of the images in all
-    if not launch.is_first():  # what is drawn for a whole batch at once; network and order are the same everywhere
+    if not launch.is_main_process():  # what is drawn for a whole batch at once; network and order are the same everywhere
         set_seed(random.getrandbits(31) + launch.rank())
     # Neither concerns a user: an argument's other name in newer versions of PyTorch, and strides of axes of length one.
     for message in (".*`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):
@@ -240,4 +240,4 @@ class Together(Callback):
 def _mean(tensor: Tensor) -> Tensor:
     tensor = tensor.clone()
     dist.all_reduce(tensor)
-    return tensor / launch.processes()
+    return tensor / launch.world_size()

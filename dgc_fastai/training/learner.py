@@ -94,7 +94,7 @@ def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> Recipe
 
 def _callbacks(recipe: Recipe) -> list:
     train = recipe.train
-    callbacks: list = [AnnealGates(train.lasso), NonFiniteLoss(skip=train.nonfinite == "skip")]
+    callbacks: list = [AnnealGates(train.lasso_weight), NonFiniteLoss(skip=train.nonfinite == "skip")]
     if train.precision != "float32":
         callbacks.append(DeviceMixedPrecision(amp_mode=train.precision))
     if train.mixup and train.cutmix:

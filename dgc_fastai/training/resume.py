@@ -90,7 +90,7 @@ class Snapshots(Callback):
             self.learn.iter += self.done
 
     def after_batch(self):
-        if (self.training or launch.processes() == 1) and self._is_to_stop():  # parts of the validation differ
+        if (self.training or launch.world_size() == 1) and self._is_to_stop():  # parts of the validation differ
             batches = len(self.dls.train)
             batch = self.iter + 1 if self.training else batches
             self._save(self.epoch, batch)
@@ -106,7 +106,7 @@ class Snapshots(Callback):
             raise CancelFitException
 
     def after_fit(self):
-        if launch.is_first() and len(self.record.rows) == self.n_epoch:
+        if launch.is_main_process() and len(self.record.rows) == self.n_epoch:
             self.path.unlink()
 
     def _is_to_stop(self) -> bool:
@@ -118,7 +118,7 @@ class Snapshots(Callback):
         if hasattr(learn, "together"):
             learn.together.average()
         random = [_from_bytes(state) for state in gather(_to_bytes(_random_state()))]
-        if not launch.is_first():
+        if not launch.is_main_process():
             return
         state = {
             "format": FORMAT,
@@ -177,7 +177,7 @@ def read_state(path: Path) -> dict:
     """
     try:
         content = None
-        if launch.is_first():
+        if launch.is_main_process():
             content = path.read_bytes()
             with zipfile.ZipFile(io.BytesIO(content)) as file:
                 wrong = file.testzip()  # torch does not compare the checksums that it writes

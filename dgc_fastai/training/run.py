@@ -44,22 +44,22 @@ def train(learn: Learner, recipe: Recipe, cost: Budget, console: Console, folder
         WriteError: a file of the run, or of a logger, cannot be written. What was written before is whole, and the
             run can go on from there.
     """
-    stage = largest(_stage(folder, recipe) if folder and launch.is_first() else NEW)
+    stage = largest(_stage(folder, recipe) if folder and launch.is_main_process() else NEW)
     if stage == COMPLETE:  # by the time that another process died
         return folder
     state = read_state(folder / "state.pt") if stage == INTERRUPTED else None
-    folder = _agreed(folder or (new_run_folder(recipe) if launch.is_first() else None))
+    folder = _agreed(folder or (new_run_folder(recipe) if launch.is_main_process() else None))
     record = RunFolder(folder, recipe, cost)
     if state:
         record.rows += state["rows"]
     snapshots = Snapshots(folder / "state.pt", recipe.train.seed, record, state)
     callbacks, display = [snapshots], TrainingDisplay(console, record.rows, recipe.log.print_every)
     resume = f"python app.py {folder / 'recipe.yaml'} --resume"
-    with _alone(folder) if launch.is_first() else nullcontext():
-        if launch.is_first():
+    with _alone(folder) if launch.is_main_process() else nullcontext():
+        if launch.is_main_process():
             remove_partial(folder)
-            if launch.launch_name():  # of a folder that was begun by an earlier launch, too
-                write_atomically(folder / LAUNCH, launch.launch_name() + "\n")
+            if launch.launch_id():  # of a folder that was begun by an earlier launch, too
+                write_atomically(folder / LAUNCH, launch.launch_id() + "\n")
             callbacks += [record, display, *logging_callbacks(recipe, folder)]
         with _callbacks(learn, callbacks):
             try:
@@ -86,7 +86,7 @@ def _left_behind(folder: Path, record: "RunFolder", images: list[str]) -> str:
     found = []
     if images:
         names = folder / "nonfinite.txt"
-        if launch.is_first():
+        if launch.is_main_process():
             write_atomically(names, "\n".join(images) + "\n")
         found.append(f"all names are in {names}")
     if record.rows:

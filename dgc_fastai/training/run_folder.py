@@ -12,7 +12,7 @@ from ..recipe.loading import differences, load_recipe
 from ..recipe.schema import Recipe
 from ..utils import launch
 from ..utils.errors import RecipeError, WriteError
-from ..utils.files import only_one, write_atomically
+from ..utils.files import file_lock, write_atomically
 from .distributed import from_first, largest
 
 LAUNCH = "launch.txt"  # in the folder of a run that torchrun has started: which launch took it last
@@ -27,9 +27,9 @@ def run_to_go_on_with(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str
     processes again, because one had died, it is the one that they had begun, wherever that run has come to.
     """
     folder, found = None, ""
-    restarted = largest(launch.restarts())  # each machine's launcher counts for itself
-    if launch.is_first():
-        if restarted and launch.launch_name():
+    restarted = largest(launch.restart_count())  # each machine's launcher counts for itself
+    if launch.is_main_process():
+        if restarted and launch.launch_id():
             folder = _begun_by_this_launch(recipe)
             found = f"A process has died, and all were started again: going on with {folder}." if folder else ""
         elif resume or restarted:
@@ -40,7 +40,7 @@ def run_to_go_on_with(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str
 def _begun_by_this_launch(recipe: Recipe) -> Optional[Path]:
     """The folder that this launch has last taken for a recipe; an earlier one may have had the same name."""
     for path in sorted(recipe.runs.glob(f"*/{LAUNCH}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if path.read_text().strip() == launch.launch_name():
+        if path.read_text().strip() == launch.launch_id():
             same = not differences(recipe, load_recipe(path.parent / "recipe.yaml"), ignore=("output", "log"))
             return path.parent if same else None
     return None
@@ -62,7 +62,7 @@ def _stage(folder: Path, recipe: Recipe) -> int:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     try:
-        with only_one(folder / "recipe.yaml"):
+        with file_lock(folder / "recipe.yaml"):
             yield
     except BlockingIOError:
         raise RecipeError(f"output: {folder} is going on in another process") from None
@@ -101,7 +101,7 @@ def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:
     for folder in (path.parent for path in states):
         try:
             different = differences(recipe, load_recipe(folder / "recipe.yaml"), ignore=("output", "log"))
-            with only_one(folder / "recipe.yaml"):
+            with file_lock(folder / "recipe.yaml"):
                 if not different:
                     return folder, f"Going on with {folder}."
         except RecipeError:  # not a run of ours, or one of another version

@@ -13,7 +13,7 @@ from ..data.loaders import input_size
 from ..models.cost import budget
 from ..models.factory import network_cost
 from ..recipe.loading import load_recipe
-from ..recipe.machine import preflight
+from ..recipe.machine import check_machine
 from ..recipe.schema import Recipe
 from ..utils.errors import RecipeError
 from ..utils.figures import to_png
@@ -59,7 +59,7 @@ def plan_sweep(recipe: Path, overrides: Sequence[str]) -> tuple[Path, dict[str, 
         label = " ".join(re.sub(r"^\w+\.", "", part) for part in swept)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{first.name}-{label.replace('=', '-')}")[:100].rstrip("-")
         plans[label] = load_recipe(recipe, [*combination, f"name={name}", f"output={folder}"])
-        preflight(plans[label])
+        check_machine(plans[label])
         network_cost(plans[label])
     return folder, plans
 

@@ -1,4 +1,4 @@
-"""A user's mistakes. Their message is one line: what is wrong, where, and what to do."""
+"""Errors that the command line reports in one line: what is wrong, where, and what to do."""
 
 __all__ = [
     "CheckpointError",
@@ -12,35 +12,35 @@ __all__ = [
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the command line answers it with its message and exit code 2."""
+    """An error the user can fix. The command line prints its message and exits with code 2."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self._line = super().__str__()
 
     def __str__(self):
-        return self._line  # fastai writes over the `args` of what a callback raises
+        return self._line  # fastai overwrites `args` of exceptions raised in callbacks
 
 
 class RecipeError(UserError):
-    """A recipe that says what cannot be, or points to what is not there."""
+    """An invalid recipe, or one that needs data or a device that is not there."""
 
 
 class CheckpointError(UserError):
-    """A file that is no checkpoint, is damaged, or belongs to another network."""
+    """A file that is not a checkpoint, is damaged, or belongs to another network."""
 
 
 class TrainingError(UserError):
-    """A training that has gone wrong, such as one whose loss is no number any more."""
+    """A training run that failed, for example because its loss is NaN or Inf."""
 
 
 class WriteError(UserError):
-    """A file that cannot be written, as where the disk is full; one that was there is as it was."""
+    """A file that cannot be written, for example on a full disk. An existing file stays unchanged."""
 
 
 class LostProcess(Exception):
-    """One of the processes that train together, or that read the data, has died."""
+    """A process that trains with this one, or a data loading worker, has died."""
 
 
 class Interrupted(Exception):
-    """A run that was told to stop, and is saved. Args: what to tell, and the signal's number."""
+    """A run that was stopped by a signal and saved. Args: the message and the signal number."""

@@ -1,4 +1,4 @@
-"""Files that several processes may come by: written so that a reader never finds half of one, and locked."""
+"""Files shared between processes: atomic writes and locks."""
 
 import csv
 import errno
@@ -17,27 +17,27 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["only_one", "remove_partial", "write_atomically", "write_table"]
+__all__ = ["file_lock", "remove_partial", "write_atomically", "write_table"]
 
 
 def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None:
-    """Replace the file at `path`, or create it, in one step that a crash cannot split.
+    """Create or replace the file at `path` atomically: readers and crashes see the old content or the new.
 
-    A link at `path` is itself replaced; what it points to stays as it is.
+    A symbolic link at `path` is replaced itself; its target stays unchanged.
 
     Raises:
-        WriteError: the folder is missing or not writable, or the disk is full; `path` is then as it was.
+        WriteError: the folder is missing or not writable, or the disk is full. `path` is then unchanged.
     """
     try:
         _write(Path(path), content.encode() if isinstance(content, str) else content)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else "see that it can be written there"
+        remedy = "free some space" if full else "check that it is there and writable"
         raise WriteError(f"cannot write {path}: {error.strerror or error}; {remedy}") from None
 
 
 def _write(path: Path, data: bytes) -> None:
-    # In the same folder: a rename is atomic only within one file system.
+    # In the same folder, because a rename is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with open(handle, "wb") as file:
@@ -46,15 +46,15 @@ def _write(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; a run is for others to read, too
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives 0600; others may read a run
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)  # an interrupt can come just after the rename
+        Path(temporary).unlink(missing_ok=True)  # an interrupt may arrive right after the rename
         raise
 
 
 def write_table(path: Union[str, Path], rows: Sequence[Mapping]) -> None:
-    """Write rows, of which there is at least one, as a CSV file, atomically; the first row's keys are the columns."""
+    """Write at least one row as a CSV file, atomically. The keys of the first row are the columns."""
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")
     writer.writeheader()
@@ -63,16 +63,16 @@ def write_table(path: Union[str, Path], rows: Sequence[Mapping]) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote to a folder have left there."""
+    """Remove the temporary files of processes that were killed while writing to a folder."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold a file for this process; the system lets go of it when the process ends, however it ends.
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on an existing file. The system releases it when the process ends, however it ends.
 
-    Where there are no such locks, as on Windows, nothing is held.
+    Without `fcntl`, as on Windows, nothing is locked.
 
     Raises:
         BlockingIOError: another process holds it.

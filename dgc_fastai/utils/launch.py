@@ -1,44 +1,47 @@
-"""What torchrun and accelerate tell each of the processes they start, by way of its environment. Imports no torch."""
+"""How this process was started: what torchrun and accelerate pass in the environment. Imports no torch.
+
+The names follow `torch.distributed` and `torch.distributed.elastic`.
+"""
 
 import os
 
-__all__ = ["is_first", "launch_name", "local_rank", "processes", "rank", "restarts", "will_restart"]
+__all__ = ["is_main_process", "launch_id", "local_rank", "rank", "restart_count", "will_restart", "world_size"]
 
 
-def processes() -> int:
-    """How many processes train together, on all machines; 1 where nobody has started several."""
+def world_size() -> int:
+    """Number of processes that train together, on all machines; 1 without a launcher."""
     return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Rank of this process among all, from 0."""
     return _number("RANK", 0)
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine, and so of its GPU."""
+    """Rank of this process on its machine, from 0; also the index of its GPU."""
     return _number("LOCAL_RANK", 0)
 
 
-def restarts() -> int:
-    """How often torchrun has started all processes again, after one of them had died."""
+def is_main_process() -> bool:
+    """Whether this is rank 0, which prints, logs and writes files for all."""
+    return rank() == 0
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted the processes after a failure."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def will_restart() -> bool:
-    """Whether torchrun starts all processes again if one dies now."""
-    return restarts() < _number("TORCHELASTIC_MAX_RESTARTS", 0)
+    """Whether torchrun restarts the processes if one fails now."""
+    return restart_count() < _number("TORCHELASTIC_MAX_RESTARTS", 0)
 
 
-def launch_name() -> str:
-    """What tells this launch from others, the same after restarts; empty where nothing does."""
+def launch_id() -> str:
+    """torchrun's `--rdzv-id`, the same after restarts; empty if there is none."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return "" if name == "none" else name
-
-
-def is_first() -> bool:
-    """Whether this is the process that prints, logs and writes for all."""
-    return rank() == 0
 
 
 def _number(name: str, default: int) -> int:

@@ -252,7 +252,7 @@ def test_a_step_trains_and_leaves_the_weights(monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: updated.append(1) or step(*args))
     gradients = []
     for lasso in (0.0, 1.0):
-        (plan, *_) = plan_benchmark(tiny(f"train.lasso={lasso}", "train.optimizer=adamw"))
+        (plan, *_) = plan_benchmark(tiny(f"train.lasso_weight={lasso}", "train.optimizer=adamw"))
         network, ours = built["dgc_densenet86"], plan.variants[-2]
         weights = {name: weight.detach().clone() for name, weight in network.named_parameters()}
         gradients.append({})

@@ -16,7 +16,7 @@ from PIL import Image
 from dgc_fastai import build_learner, load_recipe
 from dgc_fastai.data import loaders as data_module
 from dgc_fastai.data.loaders import build_dataloaders, class_names, input_size, open_image, read_image
-from dgc_fastai.recipe.machine import check_data as preflight
+from dgc_fastai.recipe.machine import check_data
 from dgc_fastai.recipe.schema import Data
 from dgc_fastai.utils.errors import RecipeError
 from helpers import QUICKSTART
@@ -247,7 +247,7 @@ def test_a_folder_with_validation_images(tmp_path, valid):
     x, y = dls.valid.one_batch()
     assert x.shape == (4, 3, 16, 16) and y.tolist() == [0, 0, 1, 1]
     with pytest.raises(RecipeError, match="leave valid_share out"):
-        preflight(folder_data(tmp_path, valid_share=0.5))
+        check_data(folder_data(tmp_path, valid_share=0.5))
 
 
 def test_a_folder_without_holds_out_the_same_share_of_each_class(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 import timm
 
 import dgc_fastai  # noqa: F401
-from dgc_fastai.recipe.loading import differences, load_recipe
-from dgc_fastai.recipe.machine import preflight
+from dgc_fastai.recipe.loading import differences, load_recipe, parse_recipe
+from dgc_fastai.recipe.machine import check_machine
 from dgc_fastai.recipe.schema import ARCHITECTURES, GATES
 from dgc_fastai.utils.errors import RecipeError
 from helpers import ROOT
@@ -69,7 +69,7 @@ def test_published_experiments(name):
     train = recipe.train.model_dump(exclude={"epochs", "seed", "precision", "nonfinite", "channels_last", "compile"})
     assert train == dict(
         optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="cosine", warmup=0,
-        lasso=1e-5, label_smoothing=0, mixup=0, cutmix=0, clip=None, accumulate=1, ema=None,
+        lasso_weight=1e-5, label_smoothing=0, mixup=0, cutmix=0, clip=None, accumulate=1, ema=None,
     )  # fmt: skip
     assert recipe.data.augment == ["crop_flip"]
     assert recipe.data.image_size == (224 if data == "imagenet" else 32)
@@ -93,8 +93,21 @@ def test_the_resolved_recipe_is_whole_and_loads_as_the_same(recipe, tmp_path):
     first = load_recipe(recipe, ["train.seed=7", "model.gate_factor=0.5"])
     (tmp_path / "again.yaml").write_text(first.to_yaml())
     assert load_recipe(tmp_path / "again.yaml") == first
-    for key in ("weight_decay", "lasso", "schedule", "batch_size", "device", "output"):
+    for key in ("weight_decay", "lasso_weight", "schedule", "batch_size", "device", "output"):
         assert key in first.to_yaml()
+
+
+def test_a_key_s_old_name_is_accepted(recipe):
+    """Weights of earlier versions carry `train.lasso`."""
+    old = GOOD + "  lasso: 0.5\n"
+    assert parse_recipe(old, "old").train.lasso_weight == 0.5
+    assert parse_recipe(old, "old", ["train.lasso=0.25"]).train.lasso_weight == 0.25
+    assert parse_recipe(old, "old", ["train.lasso_weight=0.25"]).train.lasso_weight == 0.25
+    assert load_recipe(recipe, ["train.lasso=0.25"]).train.lasso_weight == 0.25
+    assert "lasso:" not in parse_recipe(old, "old").to_yaml()
+    assert refusal(recipe, "train.lasso=-1").startswith("train.lasso=-1: train.lasso_weight: ")
+    with pytest.raises(RecipeError, match=r"^old:7: train.lasso is the old name of train.lasso_weight; remove one"):
+        parse_recipe(old + "  lasso_weight: 0.5\n", "old")
 
 
 def test_warm_up_and_one_cycle_exclude_each_other(recipe):
@@ -205,61 +218,61 @@ def test_unreadable_files(tmp_path, recipe):
     assert "Is a directory" in refusal(tmp_path)
 
 
-def preflight_refusal(recipe, *overrides):
+def machine_refusal(recipe, *overrides):
     with pytest.raises(RecipeError) as error:
-        preflight(load_recipe(recipe, overrides))
+        check_machine(load_recipe(recipe, overrides))
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_preflight_finds_what_is_missing_and_writes_nothing(recipe, tmp_path, monkeypatch):
+def test_the_check_of_the_machine_finds_what_is_missing_and_writes_nothing(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    preflight(load_recipe(recipe))
-    assert "there is no folder nowhere" in preflight_refusal(recipe, "data.name=cifar10", "data.path=nowhere")
-    assert "cifar-10-batches-py" in preflight_refusal(recipe, "data.name=cifar10", "data.path=.")
-    assert "below train/ and val/" in preflight_refusal(recipe, "data.name=imagenet", "data.path=.")
+    check_machine(load_recipe(recipe))
+    assert "there is no folder nowhere" in machine_refusal(recipe, "data.name=cifar10", "data.path=nowhere")
+    assert "cifar-10-batches-py" in machine_refusal(recipe, "data.name=cifar10", "data.path=.")
+    assert "below train/ and val/" in machine_refusal(recipe, "data.name=imagenet", "data.path=.")
     for folder in ("i/train/a", "i/train/b", "i/val/a"):
         (tmp_path / folder).mkdir(parents=True)
     imagenet = "data.name=imagenet", "data.path=i"
-    assert "i/val holds 1 class folders" in preflight_refusal(recipe, *imagenet)
+    assert "i/val holds 1 class folders" in machine_refusal(recipe, *imagenet)
     (tmp_path / "i/val/c").mkdir()
-    assert "differ in their classes: b, c" in preflight_refusal(recipe, *imagenet)
-    assert "good.yaml is not a folder" in preflight_refusal(recipe, "output=good.yaml/runs")
+    assert "differ in their classes: b, c" in machine_refusal(recipe, *imagenet)
+    assert "good.yaml is not a folder" in machine_refusal(recipe, "output=good.yaml/runs")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.yaml", "i"]
 
 
-def test_preflight_asks_the_driver_for_devices(recipe, monkeypatch):
+def test_the_check_of_the_machine_asks_the_driver_for_devices(recipe, monkeypatch):
     from dgc_fastai.recipe import machine as module
 
     monkeypatch.setattr(module, "cuda_devices", lambda: 0)
-    assert "no CUDA driver or GPU; use device=cpu" in preflight_refusal(recipe, "device=cuda")
-    assert "needs a CUDA device" in preflight_refusal(recipe, "train.precision=fp16")
-    preflight(load_recipe(recipe, ["train.precision=bf16"]))
+    assert "no CUDA driver or GPU; use device=cpu" in machine_refusal(recipe, "device=cuda")
+    assert "needs a CUDA device" in machine_refusal(recipe, "train.precision=fp16")
+    check_machine(load_recipe(recipe, ["train.precision=bf16"]))
     monkeypatch.setattr(module, "cuda_devices", lambda: 2)
-    assert "there are 2 GPUs" in preflight_refusal(recipe, "device=cuda:2")
-    preflight(load_recipe(recipe, ["device=cuda:1", "train.precision=bf16"]))
-    assert "needs a CUDA device" in preflight_refusal(recipe, "device=cpu", "train.precision=fp16")
+    assert "there are 2 GPUs" in machine_refusal(recipe, "device=cuda:2")
+    check_machine(load_recipe(recipe, ["device=cuda:1", "train.precision=bf16"]))
+    assert "needs a CUDA device" in machine_refusal(recipe, "device=cpu", "train.precision=fp16")
 
 
-def test_preflight_needs_a_compiler_for_torch_compile(recipe, monkeypatch):
+def test_the_check_of_the_machine_needs_a_compiler_for_torch_compile(recipe, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "there is no no-such-compiler" in preflight_refusal(recipe, "train.compile=true")
-    preflight(load_recipe(recipe))
+    assert "there is no no-such-compiler" in machine_refusal(recipe, "train.compile=true")
+    check_machine(load_recipe(recipe))
 
 
-def test_preflight_asks_for_loggers_without_importing_them(recipe, monkeypatch):
+def test_the_check_of_the_machine_asks_for_loggers_without_importing_them(recipe, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else object())
-    preflight(load_recipe(recipe, ["log.loggers=[trackio, tensorboard]"]))
-    answer = preflight_refusal(recipe, "log.loggers=[trackio, wandb]")
+    check_machine(load_recipe(recipe, ["log.loggers=[trackio, tensorboard]"]))
+    answer = machine_refusal(recipe, "log.loggers=[trackio, wandb]")
     assert answer == "log.loggers: wandb is not installed; try pip install wandb"
 
 
 def test_recipes_are_read_without_torch():
     code = (
         "import sys\n"
-        "from dgc_fastai.recipe.machine import preflight\n"
+        "from dgc_fastai.recipe.machine import check_machine\n"
         "from dgc_fastai.recipe.loading import load_recipe\n"
-        "preflight(load_recipe('recipes/quickstart.yaml'))\n"
+        "check_machine(load_recipe('recipes/quickstart.yaml'))\n"
         "assert not {'torch', 'fastai', 'timm', 'numpy', 'matplotlib'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -74,7 +74,7 @@ def golden_run(golden, metadata, threads, perturbed):
     """The reference's first eight steps in fastai's loop, or as many of them as agree."""
     train = dict(epochs=int(metadata["epochs"]), optimizer="sgd", schedule="cosine", lr=float(metadata["lr"]))
     train |= dict(momentum=float(metadata["momentum"]), weight_decay=float(metadata["weight_decay"]))
-    train |= dict(lasso=float(metadata["group_lasso_lambda"]))
+    train |= dict(lasso_weight=float(metadata["group_lasso_lambda"]))
     recipe = Recipe(name="tiny", model={"arch": "dgc_densenet86"}, data={"name": "digits"}, train=train)
     model = tiny_densenet()
     model.load_state_dict(_translate(group(golden, "init.")))

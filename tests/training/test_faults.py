@@ -84,7 +84,7 @@ def test_a_disk_full_at_any_file_costs_nothing(tmp_path):
         with full_disk(name, time, code) as found, pytest.raises(WriteError) as error:
             start([keep, output], resume=True)
         folder = only(tmp_path / "parts")
-        remedy = "free some space" if code in (errno.ENOSPC, errno.EDQUOT) else "see that it can be written there"
+        remedy = "free some space" if code in (errno.ENOSPC, errno.EDQUOT) else "check that it is there and writable"
         assert str(error.value) == (
             f"cannot write {folder / name}: {os.strerror(code)}; {remedy}, then go on: "
             f"python app.py {folder / 'recipe.yaml'} --resume"

@@ -20,7 +20,7 @@ from dgc_fastai.training.resume import read_state
 from dgc_fastai.training.run import train
 from dgc_fastai.training.run_folder import interrupted_run, run_to_go_on_with
 from dgc_fastai.utils.errors import CheckpointError, TrainingError
-from dgc_fastai.utils.files import only_one
+from dgc_fastai.utils.files import file_lock
 from helpers import QUICKSTART, ROOT
 from helpers.datasets import write_imagenet
 from helpers.golden import equal_states
@@ -161,10 +161,10 @@ def test_the_newest_interrupted_run_of_the_recipe_is_found(tmp_path):
     assert len(states) == 3 and states[folder]["batch"] == 2
     # Where and what is logged is no difference; what is going on in another process is not interrupted.
     assert interrupted_run(load_recipe(QUICKSTART, [*TINY, output, "log.print_every=3"]))[0] == folder
-    with only_one(folder / "recipe.yaml"):
+    with file_lock(folder / "recipe.yaml"):
         older, _ = interrupted_run(recipe)
         assert states[older]["batch"] == 1
-        with only_one(older / "recipe.yaml"):
+        with file_lock(older / "recipe.yaml"):
             none, told = interrupted_run(recipe)
             assert none is None and "is going on in another process" in told
     done, _ = start([output], resume=True)

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from dgc_fastai.utils.errors import WriteError
-from dgc_fastai.utils.files import only_one, remove_partial, write_atomically
+from dgc_fastai.utils.files import file_lock, remove_partial, write_atomically
 
 
 def test_a_reader_finds_the_old_file_or_the_new_one(tmp_path):
@@ -46,7 +46,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch, call):
 @pytest.mark.parametrize("place", ["nowhere/file", "folder"])
 def test_where_nothing_can_be_written(tmp_path, place):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(WriteError, match=f"^cannot write {tmp_path / place}: .*; see that it can be written there$"):
+    message = f"^cannot write {tmp_path / place}: .*; check that it is there and writable$"
+    with pytest.raises(WriteError, match=message):
         write_atomically(tmp_path / place, "new")
     assert os.listdir(tmp_path) == ["folder"]
 
@@ -76,8 +77,8 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
 def test_a_file_is_held_by_one(tmp_path):
     path = tmp_path / "file"
     path.touch()
-    with only_one(path):
-        with pytest.raises(BlockingIOError), only_one(path):
+    with file_lock(path):
+        with pytest.raises(BlockingIOError), file_lock(path):
             pass
-    with only_one(path):
+    with file_lock(path):
         pass

@@ -44,7 +44,7 @@ class NonFiniteLoss(Callback):
         problem, images = self._describe()
         if self.in_a_row == self.MOST:
             self._end(f"{problem}, as in the {self.MOST - 1} batches before", images)
-        if launch.is_first():
+        if launch.is_main_process():
             logging.getLogger(__name__).warning("left out a batch: %s", problem)
         with torch.no_grad():
             for one, before in self.buffers:
