@@ -90,7 +90,7 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
             execute(module)
             importlib.import_module(f"{__name__}.models")
 
-        setattr(spec.loader, "exec_module", exec_module)
+        spec.loader.exec_module = exec_module
         return spec
 
 

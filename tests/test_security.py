@@ -118,7 +118,7 @@ def test_paths_stay_where_they_point(monkeypatch):
 
 
 def test_the_recipe_in_weights_points_nowhere(tmp_path):
-    run, learn = start([f"output={tmp_path}/runs", "train.epochs=1"])
+    run, _learn = start([f"output={tmp_path}/runs", "train.epochs=1"])
     bait = tmp_path / "bait"
     for name in ("bait/train/a", "bait/train/b", "bait/val/a", "bait/val/b"):
         (tmp_path / name).mkdir(parents=True)

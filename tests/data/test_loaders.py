@@ -141,7 +141,7 @@ class Attack:
 
 
 def test_damaged_or_hostile_files_are_named(tmp_path):
-    folder, content, test = write_cifar(tmp_path, "cifar10")
+    folder, content, _test = write_cifar(tmp_path, "cifar10")
     data = Data(name="cifar10", path=str(tmp_path))
 
     def refusal():

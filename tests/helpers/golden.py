@@ -13,8 +13,8 @@ sys.path.insert(0, str(DATA))
 
 from make_state import make_state  # noqa: E402, F401
 
-from dgc_fastai import DynamicGroupConv2d, gate_penalty, set_progress
-from dgc_fastai.models.checkpoints import _translate
+from dgc_fastai import DynamicGroupConv2d, gate_penalty, set_progress  # noqa: E402
+from dgc_fastai.models.checkpoints import _translate  # noqa: E402
 
 LAYERS = sorted(DATA.glob("layer_*.safetensors"))
 
@@ -22,7 +22,7 @@ LAYERS = sorted(DATA.glob("layer_*.safetensors"))
 def read(name):
     """The tensors and the metadata of a golden file."""
     with safe_open(DATA / name, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 def read_json(name):

@@ -65,7 +65,7 @@ def test_memory_efficient_keeps_one_copy_of_the_input_and_computes_the_norm_twic
         x = torch.randn(2, 16, 12, 12)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             y = layer(x)
-        keep = [tensor for tensor in (y, x)]  # so that no address is used twice
+        keep = [y, x]  # so that no address is used twice
         del keep
         return y, sum(size for size in sizes.values() if size >= x.nbytes) / x.nbytes
 
