@@ -8,7 +8,6 @@ KERNELS = {"dgc_fastai/ops/backends/triton.py"}
 TO_BE_SPLIT = {
     "dgc_fastai/compression/conversion.py",
     "dgc_fastai/data/loaders.py",
-    "tests/analysis/test_benchmark.py",
     "tests/cli/test_commands.py",
     "tests/data/test_loaders.py",
     "tests/inference/test_deploy.py",

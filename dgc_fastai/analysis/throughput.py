@@ -1,10 +1,10 @@
-"""A recipe's data pipeline on the clock, by itself and by its parts: images a second."""
+"""Images per second of a recipe's data pipeline, as a whole and of its parts."""
 
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,43 +12,44 @@ import torch
 from ..data.loaders import FILES, EpochDL, UnreadableImage, build_dataloaders, open_image
 from ..recipe.schema import Recipe
 
-__all__ = ["Source", "loader_name", "measure_rates", "pipeline_sources", "repeat", "verdict"]
+__all__ = ["Source", "find_bottleneck", "loader_name", "measure_rates", "pipeline_sources", "repeat"]
 
-SECONDS = 2.0  # to go on for, at least, until the clock is read
-SAMPLE = 64  # images that a single process reads in one go
+MIN_SECONDS = 2.0  # of a timed block
+SAMPLE_SIZE = 64  # images of a block that one thread reads
 
 
 class Source(NamedTuple):
-    """Something that takes or gives images."""
+    """Something that processes images."""
 
     name: str
     run: Callable[[], tuple[int, float]]
-    """Goes on for some seconds; returns how many images that were, and the seconds."""
+    """Runs for at least `MIN_SECONDS`, if there are enough images; returns the number of images and the seconds."""
 
 
 def pipeline_sources(recipe: Recipe, device: torch.device, wait: Callable[[], None]) -> list[Source]:
-    """A recipe's training images: decoded, and augmented, by one thread; from its loader, by numbers of workers.
+    """A recipe's training images: decoded, and augmented, by one thread; from its loader, by number of workers.
 
-    Every source reads the same images again and again, so that files come from the system's cache, not from the disk.
+    Every source reads the same images repeatedly, so that files come from the system's cache, not from the disk.
 
     Args:
-        wait: returns when the device has done its work.
+        wait: returns when the device has finished its work.
 
     Raises:
         RecipeError: the data are not there.
     """
     train = build_dataloaders(recipe.data, device).train
     if recipe.data.name not in FILES:
-        return [Source(loader_name(0), lambda: read(train, wait))]
+        return [Source(loader_name(0), lambda: read_loader(train, wait))]
 
     def loader(workers: int) -> Source:
-        return Source(loader_name(workers), lambda: read(train.new(num_workers=workers), wait))
+        return Source(loader_name(workers), lambda: read_loader(train.new(num_workers=workers), wait))
 
     train.before_iter()  # tells the transforms that these are training images
-    sample = range(0, len(train.items), max(1, len(train.items) // SAMPLE))
+    sample = range(0, len(train.items), max(1, len(train.items) // SAMPLE_SIZE))
+    files = [train.items[index] for index in sample]
     return [
-        Source("decode, one thread", lambda: repeat(lambda: _count(open_image, [train.items[one] for one in sample]))),
-        Source("decode and augment, one thread", lambda: repeat(lambda: _count(train.do_item, sample))),
+        Source("decode, one thread", lambda: repeat(lambda: _count_readable(open_image, files))),
+        Source("decode and augment, one thread", lambda: repeat(lambda: _count_readable(train.do_item, sample))),
         *map(loader, worker_counts(recipe.data.workers)),
     ]
 
@@ -59,25 +60,25 @@ def loader_name(workers: int) -> str:
 
 
 def worker_counts(own: int) -> list[int]:
-    """The recipe's own number of workers, none, and powers of two up to the number of cores that we may use."""
+    """The recipe's own number of workers, zero, and the powers of two up to the number of available cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return sorted({0, own, *(2**power for power in range(cores.bit_length()))})
 
 
 def repeat(call: Callable[[], int]) -> tuple[int, float]:
-    """Call what returns a number of images until the time is up: all of these, and the seconds."""
+    """Call a function that returns a number of images for `MIN_SECONDS`: the sum of its results, and the seconds."""
     images, began = 0, time.perf_counter()
     while True:
         images += call()
         seconds = time.perf_counter() - began
-        if seconds >= SECONDS:
+        if seconds >= MIN_SECONDS:
             return images, seconds
 
 
-def read(loader: EpochDL, wait: Callable[[], None]) -> tuple[int, float]:
-    """The images of an epoch, or as many as come while the time is not up, and the seconds.
+def read_loader(loader: EpochDL, wait: Callable[[], None]) -> tuple[int, float]:
+    """Read an epoch, but not for much longer than `MIN_SECONDS`: the number of images and the seconds.
 
-    The clock starts when each worker has given a batch, if the epoch is long enough: starting them takes a moment.
+    If the epoch is long enough, the timer starts after one batch per worker: starting the workers takes a moment.
     """
     loader.set_epoch(seed=0, epoch=0)
     workers = loader.fake_l.num_workers
@@ -90,14 +91,14 @@ def read(loader: EpochDL, wait: Callable[[], None]) -> tuple[int, float]:
                 began = time.perf_counter()
                 continue
             images, seconds = images + len(x), time.perf_counter() - began
-            if seconds >= SECONDS and number >= warm_up + 2 * workers:
+            if seconds >= MIN_SECONDS and number >= warm_up + 2 * workers:
                 break
     return images, seconds
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in a worker."""
+    """One thread, as in a worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -106,29 +107,27 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _count(function: Callable[[Any], Any], arguments: Sequence[Any]) -> int:
-    """How many of the images a function can read."""
+def _count_readable(function: Callable[[Any], Any], arguments: Sequence[Any]) -> int:
+    """Call a function with each argument, an image: how many of them are readable."""
     readable = 0
     with _one_thread():
         for argument in arguments:
-            try:
+            with suppress(UnreadableImage):  # the loader reports it
                 function(argument)
                 readable += 1
-            except UnreadableImage:  # the loader names it
-                pass
     return readable
 
 
-def measure_rates(sources: Sequence[Source], rounds: int, tell: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A row for each source: images a second in every round, their median and range, after a round that warms up.
+def measure_rates(sources: Sequence[Source], rounds: int, notify: Callable[[str], None]) -> list[dict[str, Any]]:
+    """One row per source: images per second in every round, their median and range, after a warm-up round.
 
     Args:
-        tell: is told the name of the source that is next, while no clock runs.
+        notify: called with the name of the next source, while no timer runs.
     """
     rates: dict[str, list[float]] = {source.name: [] for source in sources}
     for number in range(rounds + 1):
         for source in sources if number % 2 == 0 else reversed(sources):
-            tell(source.name)
+            notify(source.name)
             images, seconds = source.run()
             if number:
                 rates[source.name].append(images / seconds)
@@ -138,11 +137,12 @@ def measure_rates(sources: Sequence[Source], rounds: int, tell: Callable[[str], 
     ]
 
 
-def verdict(rows: Sequence[dict[str, Any]], network: str, workers: int) -> dict[str, Any]:
-    """Which limits the other, the network of one row's name or the loader with so many workers.
+def find_bottleneck(rows: Sequence[dict[str, Any]], network: str, workers: int) -> dict[str, Any]:
+    """Whether training is limited by the network, named as one of the rows, or by the loader with so many workers.
 
-    `taken` and `given` are their images a second; `enough` is the least larger number of workers, of those measured,
-    that gives more than is taken, or None.
+    Returns:
+        "limit", "network" or "data"; "taken" and "given", images per second of the network and of the loader; and
+        "enough", the smallest larger number of workers, of those measured, that is faster than the network, or None.
     """
     rates = {row["name"]: row["median"] for row in rows}
     taken, given = rates[network], rates[loader_name(workers)]

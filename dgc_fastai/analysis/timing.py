@@ -1,4 +1,4 @@
-"""Times and peak memory of calls, measured in interleaved rounds."""
+"""Times and peak memory of function calls, measured in interleaved rounds."""
 
 import gc
 import itertools
@@ -11,24 +11,33 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import fastai
 import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-LEAST_SECONDS = 0.1  # between two looks at the clock; what is faster is called several times
+__all__ = [
+    "Measurement",
+    "Variant",
+    "describe_machine",
+    "measure_times",
+    "peak_memory",
+    "spread",
+    "summarize",
+]
 
-MOST_CALLS = 200
+MIN_SECONDS = 0.1  # of a timed block; a faster variant is called several times in it
+MAX_CALLS = 200
 
 
 class Variant(NamedTuple):
-    """A network in one of its states, and what it is to do."""
+    """A network in one of its states, and the function to time."""
 
     name: str
     setting: Callable[[], AbstractContextManager]
-    """Brings the network into its state; entered before the clock starts."""
+    """Brings the network into its state; entered before the timer starts."""
     call: Callable[[], Any]
 
 
@@ -45,18 +54,18 @@ def measure_times(
     variants: Sequence[Variant],
     rounds: int,
     wait: Callable[[], None] = lambda: None,
-    tell: Callable[[str], None] = lambda name: None,
+    notify: Callable[[str], None] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each variant, one number a round, after a round that warms up.
+    """Seconds of a call of each variant, one number per round, after a warm-up round.
 
-    Every round calls every variant, in turn from the first to the last and from the last to the first: a machine
-    that grows slower or faster does so for all alike.
+    Every round calls all variants, alternately from the first to the last and from the last to the first, so that a
+    machine that becomes slower or faster does so for all of them.
 
     Args:
-        rounds: how many are counted, at least one.
-        wait: returns when the device has done its work.
-        tell: is told the name of the variant that is next, while no clock runs.
+        rounds: number of rounds after the warm-up, at least one.
+        wait: returns when the device has finished its work.
+        notify: called with the name of the next variant, while no timer runs.
     """
 
     def seconds(variant: Variant, calls: int) -> float:
@@ -67,24 +76,25 @@ def measure_times(
             wait()
         return (clock() - began) / calls
 
-    calls, times = {}, {variant.name: [] for variant in variants}
+    calls: dict[str, int] = {}
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for number in range(rounds + 1):
         for variant in variants if number % 2 == 0 else reversed(variants):
-            tell(variant.name)
+            notify(variant.name)
             with variant.setting():
                 if number == 0:
-                    variant.call()  # the first of all also allocates, and may try several kernels
-                    once = max(seconds(variant, 1), LEAST_SECONDS / MOST_CALLS)
-                    calls[variant.name] = math.ceil(LEAST_SECONDS / once)
+                    variant.call()  # the first call also allocates memory, and may try several kernels
+                    once = max(seconds(variant, 1), MIN_SECONDS / MAX_CALLS)
+                    calls[variant.name] = math.ceil(MIN_SECONDS / once)
                 else:
                     times[variant.name].append(seconds(variant, calls[variant.name]))
     return times
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device) -> Optional[int]:
-    """The most bytes that a call holds at any time, beyond what was held before; None where nobody counts them.
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """The most bytes allocated at any time during a call, beyond those allocated before; None if not counted here.
 
-    Of PyTorch's allocator, so without what libraries such as oneDNN allocate for themselves.
+    Counted by PyTorch's allocator, so without memory that libraries such as oneDNN allocate for themselves.
     """
     gc.collect()  # not in the middle of the call
     if device.type == "cuda":
@@ -100,18 +110,23 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> Optional[int]:
 
 
 def _cpu_allocations(call: Callable[[], Any]) -> list[int]:
-    """The bytes of every allocation (positive) and release (negative) on the CPU during a call, in their order."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler is talkative otherwise
+    """Bytes of every allocation (positive) and release (negative) on the CPU during a call, in order of time."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler prints messages
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         call()
-    # No public interface tells them one by one.
+    # No public interface gives single allocations.
     events = trace.profiler.kineto_results.events()
     of_memory = [event for event in events if event.name() == "[memory]" and "CPU" in str(event.device_type())]
     return [event.nbytes() for event in sorted(of_memory, key=lambda event: event.start_ns())]
 
 
-def summarize(times: dict[str, list[float]], memory: dict[str, Optional[int]]) -> list[dict[str, Any]]:
-    """A row for each variant: the median, and the median and the range of its ratio to the first in the same round."""
+def summarize(times: dict[str, list[float]], memory: dict[str, int | None]) -> list[dict[str, Any]]:
+    """One row per variant: the median time, and median and range of its ratio to the first variant in the same round.
+
+    Args:
+        times: seconds per variant and round, from `measure_times`.
+        memory: peak bytes per variant; may lack variants.
+    """
     baseline = next(iter(times.values()))
     rows = []
     for name, seconds in times.items():
@@ -120,7 +135,7 @@ def summarize(times: dict[str, list[float]], memory: dict[str, Optional[int]]) -
             {
                 "name": name,
                 "median_ms": 1000 * statistics.median(seconds),
-                "ratio": _spread(ratios),
+                "ratio": spread(ratios),
                 "peak_bytes": memory.get(name),
                 "ms": [1000 * one for one in seconds],
             }
@@ -128,12 +143,13 @@ def summarize(times: dict[str, list[float]], memory: dict[str, Optional[int]]) -
     return rows
 
 
-def _spread(ratios: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What times depend on, beside the recipe."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The hardware and the versions that times depend on."""
     cuda = device.type == "cuda"
     return {
         "device": str(device),
@@ -153,5 +169,5 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # another system, or a processor without a name
+    except (OSError, StopIteration):  # another operating system, or a processor without a model name
         return platform.processor() or platform.machine()
