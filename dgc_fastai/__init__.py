@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .models.cost import budget
     from .recipe.loading import load_recipe
     from .training.callbacks import AnnealGates
-    from .training.learner import build_learner, dgc_learner
+    from .training.fastai_learner import dgc_learner
+    from .training.run import build_learner
     from .utils.errors import CheckpointError, RecipeError
 
 __version__ = "0.1.0"
@@ -48,10 +49,10 @@ _MODULES = {
     "DynamicGroupConv2d": "layers.dynamic_group_conv",
     "RecipeError": "utils.errors",
     "budget": "models.cost",
-    "build_learner": "training.learner",
+    "build_learner": "training.run",
     "convert": "compression.conversion",
     "deploy": "inference.deploy",
-    "dgc_learner": "training.learner",
+    "dgc_learner": "training.fastai_learner",
     "gate_penalty": "layers.gate_schedule",
     "load_checkpoint": "models.checkpoints",
     "load_recipe": "recipe.loading",

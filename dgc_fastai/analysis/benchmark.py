@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..data.loaders import FILES, input_size
 from ..ops.device import select_device
 from ..recipe.schema import Data, Recipe
 from ..utils.errors import UserError
@@ -50,7 +49,7 @@ def benchmark(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": describe_machine(device),
         "rounds": rounds,
-        "input": input_size(recipe.data),
+        "input": recipe.data.input_size,
         "recipe": recipe.model_dump(),
         "measurements": [],
     }
@@ -89,7 +88,7 @@ def _measure(measurement: Measurement, rounds: int, device: torch.device, show: 
 
 def _measure_data(data: Data, sources: Sequence[Source], rounds: int, show: Show) -> dict[str, Any]:
     rows = measure_rates(sources, rounds, partial(show, "images per second"))
-    workers = data.workers if data.name in FILES else 0  # a small set is in the device's memory
+    workers = data.workers if data.is_image_files else 0  # a small set is in the device's memory
     found = find_bottleneck(rows, step_name(HALF_CLOSED), workers)
     return {"workers": workers, "batch": data.batch_size, "sources": rows} | found
 

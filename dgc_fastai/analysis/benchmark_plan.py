@@ -10,7 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from torch import Tensor, nn
 
-from ..data.loaders import class_names, input_size
+from ..data.loaders import class_names
 from ..inference.deploy import deploy
 from ..layers.gate_schedule import dgc_layers, gate_penalty, set_progress
 from ..models.factory import build_model, prepare
@@ -50,7 +50,7 @@ def plan_benchmark(recipe: Recipe, compiled: bool = True) -> list[Measurement]:
     device = use_device(recipe.device)
     set_seed(recipe.train.seed)
     size, classes = recipe.data.batch_size, _class_count(recipe.data)
-    images = torch.randn(size, *input_size(recipe.data), device=device)
+    images = torch.randn(size, *recipe.data.input_size, device=device)
     labels = torch.randint(classes, (size,), device=device)
     networks = _networks(recipe, classes, device)
     plan = [_training_measurement(recipe, networks, images, labels)]
@@ -100,8 +100,8 @@ def _networks(recipe: Recipe, classes: int, device: torch.device) -> dict[str, n
     networks = {}
     for suffix in ("", "_dense", "_sgc"):
         model = recipe.model.model_copy(update={"arch": gated_name(recipe.model.arch) + suffix})
-        network = build_model(recipe.model_copy(update={"model": model}), classes)
-        networks[suffix] = prepare(network, recipe, device)
+        network = build_model(model, classes, recipe.data.input_size)
+        networks[suffix] = prepare(network, recipe.train, device)
     return networks
 
 

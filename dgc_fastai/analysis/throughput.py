@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..data.loaders import FILES, EpochDL, UnreadableImage, build_dataloaders, open_image
+from ..data.epoch_loader import EpochDL
+from ..data.image_files import UnreadableImage, open_image
+from ..data.loaders import build_dataloaders
 from ..recipe.schema import Recipe
 
 __all__ = ["Source", "find_bottleneck", "loader_name", "measure_rates", "pipeline_sources", "repeat"]
@@ -38,7 +40,7 @@ def pipeline_sources(recipe: Recipe, device: torch.device, wait: Callable[[], No
         RecipeError: the data are not there.
     """
     train = build_dataloaders(recipe.data, device).train
-    if recipe.data.name not in FILES:
+    if not recipe.data.is_image_files:
         return [Source(loader_name(0), lambda: read_loader(train, wait))]
 
     def loader(workers: int) -> Source:

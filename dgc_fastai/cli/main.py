@@ -50,22 +50,19 @@ def train(
     plan = load_recipe(recipe, overrides)
     check_machine(plan)
     with console.status("Starting torch and fastai, reading the data"):
-        from ..data.loaders import input_size
-        from ..models.cost import budget
         from ..training.distributed import leave
-        from ..training.learner import build_learner
-        from ..training.run import train as run
+        from ..training.run import TrainingRun
         from ..training.run_folder import run_to_go_on_with
         from .tables import show_budget, show_recipe
 
-        learn = build_learner(plan)
-        cost = budget(learn.model, input_size(plan.data))
+        run = TrainingRun(plan)
+        run.learner  # reads the data
     show_recipe(console, plan)
-    show_budget(console, cost)
+    show_budget(console, run.cost)
     folder, found = run_to_go_on_with(plan, resume)
     if found:
         console.print(found, soft_wrap=True, highlight=False)
-    folder = run(learn, plan, cost, console, folder)
+    folder = run.fit(console, folder)
     leave()
     console.print(f"The run is in {folder}.", soft_wrap=True, highlight=False)
 
@@ -76,10 +73,11 @@ def check(recipe: RecipeFile, /, *overrides: Overrides) -> None:
     plan = load_recipe(recipe, overrides)
     check_machine(plan)
     with console.status("Starting torch and timm"):
+        from ..data.loaders import class_names
         from ..models.factory import network_cost
         from .tables import show_budget, show_recipe
 
-        cost = network_cost(plan)
+        cost = network_cost(plan.model, len(class_names(plan.data)), plan.data.input_size)
     show_recipe(console, plan)
     show_budget(console, cost, every_layer=True)
 
@@ -100,19 +98,12 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
     if not weights.is_file():
         raise CheckpointError(f"{weights}: cannot read the checkpoint: there is no such file")
     with console.status("Starting torch and fastai, reading the data"):
-        from fastai.callback.progress import ProgressCallback
+        from ..training.distributed import leave
+        from ..training.run import TrainingRun
 
-        from ..models.checkpoints import load_checkpoint
-        from ..training.callbacks.progress import TrainingDisplay
-        from ..training.distributed import leave, lost_processes_named
-        from ..training.learner import build_learner
-        from ..training.learner import evaluate as measure
-
-        learn = build_learner(plan)
-        load_checkpoint(learn.model, weights)
-    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), lost_processes_named():
-        with learn.added_cbs([TrainingDisplay(console)] if launch.is_main_process() else []):
-            result = measure(learn)
+        run = TrainingRun(plan)
+        run.load(weights)
+    result = run.evaluate(console)
     leave()
     top_1, top_5 = (f"{100 * result[name]:.2f} %" for name in ("top_1", "top_5"))
     console.print(f"top-1 {top_1}, top-5 {top_5}, loss {result['loss']:.4f}", highlight=False)

@@ -1,4 +1,4 @@
-"""Augmentation by name: of a batch on the device, and of one image read from a file."""
+"""Augmentation by name: of batches on the device, and of single images read from files."""
 
 import math
 
@@ -27,56 +27,56 @@ def batch_augmentation(data: Data) -> list[Transform]:
     """fastai transforms for training batches [B, C, H, W] of a small set, by the names in `data.augment`."""
     transforms: list[Transform] = []
     if "crop_flip" in data.augment:
-        # A mirrored digit is another sign, or none.
+        # A mirrored digit is a different symbol.
         transforms.append(RandomCropFlip(padding=data.image_size // 8, flip=data.name != "digits"))
     transforms += [Automatic(AUTOMATIC[name]()) for name in data.augment if name in AUTOMATIC]
     return transforms + ([RandomErasing()] if "random_erasing" in data.augment else [])
 
 
 def training_transform(data: Data, may_leave_large: bool = False) -> v2.Transform:
-    """torchvision transforms of one training image from a file, PIL to bytes [3, H, W], by the names in `data.augment`.
+    """The torchvision transform of a training image, PIL to uint8 [3, H, W], by the names in `data.augment`.
 
     Args:
-        may_leave_large: whether what is cropped may be left for a device to resize.
+        may_leave_large: crops of up to twice the size need not be resized, because the device will do it.
     """
     automatic = [AUTOMATIC[name]() for name in data.augment if name in AUTOMATIC]
-    if automatic:  # Pillow does what they do in half the time
+    if automatic:  # on PIL images these take half the time
         automatic = [v2.ToPILImage(), *automatic, v2.PILToTensor()]
     if "crop_flip" not in data.augment:
         return v2.Compose([evaluation_transform(data), *automatic])
-    most = 2 * data.image_size if may_leave_large and not automatic else 0
-    return v2.Compose([FileCropFlip(data.image_size, most), *automatic])
+    max_side = 2 * data.image_size if may_leave_large and not automatic else 0
+    return v2.Compose([FileCropFlip(data.image_size, max_side), *automatic])
 
 
 def evaluation_transform(data: Data) -> v2.Transform:
-    """The shorter side to 256 / 224 of the size, then the centre; PIL to bytes [3, size, size]."""
+    """Resize the shorter side to 256 / 224 of the size, then crop the center; PIL to uint8 [3, size, size]."""
     size = data.image_size
-    # PyTorch resizes bytes whose channels lie together, as here, some three times as fast as Pillow.
+    # PyTorch resizes channels-last bytes, as here, about three times as fast as Pillow.
     return v2.Compose([v2.PILToTensor(), v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
 
 class FileCropFlip(v2.Transform):
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip, drawn alike, of a PIL image; bytes [3, H, W].
+    """RandomResizedCrop and RandomHorizontalFlip of a PIL image, with torchvision's distributions; uint8 [3, H, W].
 
     Args:
-        size: the side that crops are resized to.
-        most: crops of no longer side than this stay as they are.
+        size: side that crops are resized to.
+        max_side: crops whose sides are at most this are not resized.
     """
 
-    def __init__(self, size: int, most: int = 0):
+    def __init__(self, size: int, max_side: int = 0):
         super().__init__()
-        self.size, self.most = size, most
+        self.size, self.max_side = size, max_side
         self.crop, self.flip = v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()
 
     def forward(self, image: Image.Image) -> Tensor:
         crop = self.flip(TF.pil_to_tensor(TF.crop(image, **self.crop.make_params([image]))))
-        return crop if max(crop.shape[1:]) <= self.most else TF.resize(crop, [self.size] * 2, antialias=True)
+        return crop if max(crop.shape[1:]) <= self.max_side else TF.resize(crop, [self.size] * 2, antialias=True)
 
 
 class RandomCropFlip(Transform):
-    """Pads by black, crops back at random, and mirrors half of the images; each image its own way."""
+    """Pads with black, crops back at a random place, and mirrors half of the images; drawn for each image."""
 
-    order, split_idx = 5, 0  # in bytes, so before IntToFloatTensor (10); training only
+    order, split_idx = 5, 0  # on uint8, so before IntToFloatTensor (10); training only
 
     def __init__(self, padding: int, flip: bool):
         super().__init__()
@@ -96,10 +96,10 @@ class RandomCropFlip(Transform):
 
 
 class Automatic(Transform):
-    """RandAugment or TrivialAugment of a batch in `GROUPS` parts: the images of a part share what is done to them."""
+    """RandAugment or TrivialAugment of a batch in `GROUPS` parts; the images of a part get the same operations."""
 
     order, split_idx = 6, 0
-    GROUPS = 16  # torchvision draws one operation a call; a call an image would cost more than the step
+    GROUPS = 16  # torchvision draws once per call, and a call per image would take longer than the training step
 
     def __init__(self, function: v2.Transform):
         super().__init__()
@@ -110,9 +110,9 @@ class Automatic(Transform):
 
 
 class RandomErasing(Transform):
-    """Sets a rectangle to the data's mean, in a quarter of the images; each image its own (Zhong et al., 2020).
+    """Sets a random rectangle to the data's mean in a quarter of the images; drawn for each (Zhong et al., 2020).
 
-    Area 2 to 33 % of the image, sides 0.3 to 3.3, as in the paper and in timm.
+    Its area is 2 to 33 % of the image and its aspect ratio 0.3 to 3.3, as in the paper and in timm.
     """
 
     order, split_idx = 100, 0  # after Normalize (99), where the mean is 0

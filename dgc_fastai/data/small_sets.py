@@ -1,4 +1,4 @@
-"""The files of the small sets -> images [N, C, H, W] in bytes and labels [N], twice: training and validation."""
+"""Files of the small sets -> uint8 images [N, C, H, W] and labels [N], for training and for validation."""
 
 import gzip
 import io
@@ -21,33 +21,47 @@ __all__ = ["small_set", "small_set_classes"]
 
 Split = tuple[Tensor, Tensor]
 
-MOST_BYTES = 2**30  # that a packed file may unpack to
+MAX_BYTES = 2**30  # of a decompressed file
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 
 def small_set(data: Data) -> tuple[Split, Split]:
-    """Read a set that fits into memory: digits, Fashion-MNIST, CIFAR.
+    """Read a set that fits into memory: digits, Fashion-MNIST or CIFAR.
 
     Raises:
-        RecipeError: a file is missing, damaged, or not what its name promises.
+        RecipeError: a file is missing, damaged, or of another format than its name says.
     """
     splits = {"digits": _digits, "fashion_mnist": _fashion_mnist}.get(data.name, _cifar)(data)
-    classes = len(small_set_classes(data))
+    classes = _class_count(data.name)
     for _, labels in splits:
         if labels.min() < 0 or labels.max() >= classes:
             raise RecipeError(f"data.path: {data.folder}: labels outside 0 to {classes - 1}; is it {data.name}?")
     return splits
 
 
+def _class_count(name: str) -> int:
+    return 100 if name == "cifar100" else 10
+
+
 def small_set_classes(data: Data) -> list[str]:
-    """The classes of a small set in the order of their numbers."""
+    """The classes of a small set in the order of their numbers.
+
+    Raises:
+        RecipeError: the file with CIFAR's class names is missing or damaged.
+    """
     if data.name == "digits":
         return [str(digit) for digit in range(10)]
-    return FASHION if data.name == "fashion_mnist" else _cifar_names(cifar_folder(data))
+    if data.name == "fashion_mnist":
+        return FASHION
+    folder = cifar_folder(data)
+    names = _cifar_names(folder)
+    if len(names) != _class_count(data.name):
+        raise RecipeError(f"data.path: {folder}: {len(names)} class names; is it {data.name}?")
+    return names
 
 
 def _digits(data: Data) -> tuple[Split, Split]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a fifth is held out, the same one always."""
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; always the same fifth is held out."""
     images, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(np.rint(images * 255 / 16)).byte().view(-1, 1, 8, 8)
     train, valid = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
@@ -56,7 +70,7 @@ def _digits(data: Data) -> tuple[Split, Split]:
 
 
 def _read(path: Path, read):
-    """What `read` makes of an open file, or one line about what is wrong with the file."""
+    """The result of `read(file)`; any error becomes a RecipeError that names the file."""
     try:
         with open(path, "rb") as file:
             return read(file)
@@ -66,7 +80,7 @@ def _read(path: Path, read):
         raise RecipeError(f"data.path: {path} is damaged: {str(error) or type(error).__name__}") from None
 
 
-# Fashion-MNIST's files: big-endian, two zero bytes, 8 for bytes, the number of axes, each axis' length, the values
+# Fashion-MNIST's idx format, big-endian: two zero bytes, type 8 (uint8), the number of axes, their lengths, the values
 
 
 def _fashion_mnist(data: Data) -> tuple[Split, Split]:
@@ -83,22 +97,22 @@ def _idx_file(path: Path, axes: int) -> Tensor:
     content = _read(path, lambda file: file.read())
     if path.suffix == ".gz":
         try:
-            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MOST_BYTES)
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_BYTES)
         except (OSError, EOFError, zlib.error) as error:
             raise RecipeError(f"data.path: {path} is damaged: {error}") from None
     head = 4 + 4 * axes
     shape = np.frombuffer(content[4:head], ">u4").tolist() if len(content) >= head else [-1]
     if content[:4] != bytes([0, 0, 8, axes]) or len(content) != head + math.prod(shape):
-        raise RecipeError(f"data.path: {path} is damaged: it is no idx file of {axes} axes in bytes")
+        raise RecipeError(f"data.path: {path} is damaged: it is not an idx file of {axes} axes in bytes")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=head).reshape(shape).copy())
 
 
-# CIFAR's files --------------------------------------------------------------------------------------------
+# CIFAR's pickles and binary files
 
 
 class _Array:
-    """Stands for numpy's arrays and their types while they are read: numpy's own believe a file's word for what is a
-    pointer."""
+    """Stands in for numpy's arrays and dtypes while a pickle is read: a crafted pickle could make numpy's own read from
+    any address."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -107,12 +121,12 @@ class _Array:
         self.state = state
 
     def bytes(self) -> np.ndarray:
-        """The array, of bytes."""
-        _, shape, kind, by_columns, content = self.state
+        """The array of uint8."""
+        _, shape, kind, fortran_order, content = self.state
         if kind.arguments[0] != "u1":
             raise ValueError(f"not bytes, but {kind.arguments[0]}")
-        content = content.encode("latin1") if isinstance(content, str) else content  # of Python 2
-        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
+        content = content.encode("latin1") if isinstance(content, str) else content  # written by Python 2
+        return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -122,7 +136,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads what CIFAR's pickles hold, dictionaries of arrays, and refuses to run anything else."""
+    """Reads dictionaries of arrays, which is all that CIFAR's pickles hold, and refuses every other global."""
 
     _allowed = {
         "numpy.core.multiarray._reconstruct": _Array,
@@ -136,11 +150,11 @@ class _ArraysOnly(pickle.Unpickler):
         try:
             return self._allowed[f"{module}.{name}"]
         except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array") from None
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array") from None
 
 
 def _cifar_files(folder: Path) -> tuple[list[str], list[str], str]:
-    """Training files, test files and the key of the labels, in CIFAR's four folders."""
+    """Training files, test files and the key of the labels, for each of CIFAR's four folders."""
     return {
         "cifar-10-batches-py": ([f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "labels"),
         "cifar-10-batches-bin": ([f"data_batch_{n}.bin" for n in range(1, 6)], ["test_batch.bin"], ""),
@@ -160,11 +174,11 @@ def _cifar(data: Data) -> tuple[Split, Split]:
 
 
 def _cifar_file(path: Path, key: str) -> tuple[Tensor, Tensor]:
-    if path.suffix == ".bin":  # rows of one label byte (CIFAR-100: a coarse one before it) and 3,072 pixels
+    if path.suffix == ".bin":  # rows: a coarse label in CIFAR-100 only, the label, 3,072 pixels
         row = 3072 + (2 if path.parent.name == "cifar-100-binary" else 1)
         content = np.frombuffer(_read(path, lambda file: file.read()), np.uint8)
         if not content.size or content.size % row:
-            raise RecipeError(f"data.path: {path} is damaged: {content.size:,} bytes are no whole number of images")
+            raise RecipeError(f"data.path: {path} is damaged: {content.size:,} bytes are not a whole number of images")
         rows = content.reshape(-1, row)
         images, labels = rows[:, -3072:], rows[:, -3073]
     else:

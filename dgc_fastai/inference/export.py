@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..data.loaders import input_size
 from ..utils.errors import RecipeError, UserError
 from ..utils.files import write_atomically
 from .deploy import deploy
@@ -38,7 +37,7 @@ def export(predictor: Predictor, path: Path) -> float:
         raise UserError(f"{path}: export writes {' and '.join(formats)}, not {path.suffix or 'a file without suffix'}")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.absolute().parent}")
-    images = torch.randn(4, *input_size(predictor.recipe.data), generator=torch.Generator().manual_seed(0))
+    images = torch.randn(4, *predictor.recipe.data.input_size, generator=torch.Generator().manual_seed(0))
     model = predictor.model.cpu()
     content, run = formats[path.suffix](predictor, deploy(model), images)
     with torch.no_grad():

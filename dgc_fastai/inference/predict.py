@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from ..data.loaders import input_size, read_image, statistics
+from ..data.image_files import read_image
 from ..models.checkpoints import load_checkpoint
 from ..models.factory import build_model
 from ..ops.device import select_device
@@ -51,7 +51,7 @@ class Predictor:
             path = path / "best.safetensors"
         text, classes = _read_metadata(path)
         recipe = parse_recipe(text, str(path))
-        model = load_checkpoint(build_model(recipe, len(classes)), path)
+        model = load_checkpoint(build_model(recipe.model, len(classes), recipe.data.input_size), path)
         return cls(model.eval(), recipe, classes)
 
     def predict(self, images: Sequence[Path], batch_size: int = 64) -> Iterator[list[tuple[str, float]]]:
@@ -72,8 +72,8 @@ class Predictor:
 
     def metadata(self) -> dict[str, str]:
         """Class names and preprocessing as JSON, by name: what is needed to use the network elsewhere."""
-        channels, height, width = input_size(self.recipe.data)
-        mean, std = statistics(self.recipe.data)
+        channels, height, width = self.recipe.data.input_size
+        mean, std = self.recipe.data.statistics
         preprocessing = dict(channels=channels, height=height, width=width, scale=1 / 255, mean=mean, std=std)
         return {"classes": json.dumps(self.classes), "preprocessing": json.dumps(preprocessing)}
 

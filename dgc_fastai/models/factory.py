@@ -1,60 +1,57 @@
-"""A recipe's network: its cost, and itself."""
-
-from typing import Optional
+"""The model section of a recipe -> a network, and its cost."""
 
 import timm
-import timm.optim
 import torch
 
 from .. import models  # noqa: F401  (registers the networks)
-from ..data.loaders import class_names, input_size
-from ..recipe.schema import Recipe
+from ..recipe.schema import Model, Train
 from ..utils.errors import RecipeError
 from .cost import Budget, budget
 
-MOST_PARAMETERS = 2 * 10**9
+MAX_PARAMETERS = 2 * 10**9
+
+InputSize = tuple[int, int, int]
 
 
-def network_cost(recipe: Recipe, classes: Optional[int] = None) -> Budget:
-    """What the recipe's network costs, without any memory being spent on it.
+def network_cost(model: Model, classes: int, input_size: InputSize) -> Budget:
+    """The cost of a network, computed without allocating its weights.
 
     Args:
-        classes: how many; by default the data is asked.
+        classes: number of classes.
+        input_size: channels, height and width of an image.
 
     Raises:
-        RecipeError: the network's keywords do not go together, or with the size of the images.
+        RecipeError: the network's keywords do not go together, or do not fit the size of the images.
     """
-    classes = classes or len(class_names(recipe.data))
     try:
         with torch.device("meta"):
-            cost = budget(_create(recipe, classes), input_size(recipe.data))
-        if cost.parameters > MOST_PARAMETERS:
-            raise ValueError(f"{cost.parameters:,} parameters; {MOST_PARAMETERS:,} is the most that is tried")
+            cost = budget(create_model(model, classes, input_size), input_size)
+        if cost.parameters > MAX_PARAMETERS:
+            raise ValueError(f"{cost.parameters:,} parameters; {MAX_PARAMETERS:,} is the most that is tried")
         return cost
     except ValueError as error:
         raise RecipeError(f"model: {error}") from None
 
 
-def build_model(recipe: Recipe, classes: Optional[int] = None) -> torch.nn.Module:
-    """The recipe's network with fresh weights, sized for its data.
+def build_model(model: Model, classes: int, input_size: InputSize) -> torch.nn.Module:
+    """A network with fresh weights. Its cost is checked first, so that a slip in a recipe does not fill the memory.
 
-    Args, Raises: as `network_cost`, which is asked first.
+    Args, Raises: as `network_cost`.
     """
-    classes = classes or len(class_names(recipe.data))
-    network_cost(recipe, classes)
-    return _create(recipe, classes)
+    network_cost(model, classes, input_size)
+    return create_model(model, classes, input_size)
 
 
-def _create(recipe: Recipe, classes: int) -> torch.nn.Module:
-    channels = input_size(recipe.data)[0]
-    return timm.create_model(recipe.model.arch, num_classes=classes, in_chans=channels, **recipe.model.keywords())
+def create_model(model: Model, classes: int, input_size: InputSize) -> torch.nn.Module:
+    """`build_model` for a caller that has checked `network_cost` already."""
+    return timm.create_model(model.arch, num_classes=classes, in_chans=input_size[0], **model.keywords())
 
 
-def prepare(model: torch.nn.Module, recipe: Recipe, device: torch.device) -> torch.nn.Module:
-    """The network on its device, in the recipe's memory format and compiled if the recipe says so."""
-    model = model.to(device)
-    if recipe.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if recipe.train.compile:
-        model.compile()
-    return model
+def prepare(network: torch.nn.Module, train: Train, device: torch.device) -> torch.nn.Module:
+    """Move a network to its device, in the recipe's memory format, and compile it if the recipe says so."""
+    network = network.to(device)
+    if train.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if train.compile:
+        network.compile()
+    return network

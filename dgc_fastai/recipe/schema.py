@@ -30,6 +30,17 @@ ARCHITECTURES = {
     for twin in ("", "_dense", "_sgc")
 }
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Mean and standard deviation of each channel; those of CIFAR and ImageNet are the authors', digit for digit.
+STATISTICS = {
+    "digits": ((0.3054,), (0.3760,)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "cifar10": ((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": IMAGENET,
+    "folder": IMAGENET,
+}
+
 # The limits are far beyond use: they are there so that a slip of the finger does not fill the memory.
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -122,6 +133,21 @@ class Data(Section):
         """`size`, or what is customary for this data."""
         customary = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
         return self.size or customary.get(self.name, 224)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, for values in [0, 1]."""
+        return STATISTICS[self.name]
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's input."""
+        return len(self.statistics[0]), self.image_size, self.image_size
+
+    @property
+    def is_image_files(self) -> bool:
+        """Whether images are read file by file; the other sets are held in memory."""
+        return self.name in ("imagenet", "folder")
 
     @property
     def held_out(self) -> float:

@@ -172,7 +172,7 @@ def together(learn: Learner) -> Iterator[None]:
     }
     loaders = list(learn.dls)
     for loader in loaders:
-        loader.share(launch.rank(), launch.world_size())
+        loader.shard(launch.rank(), launch.world_size())
         version, numbers, gauss = json.loads(from_first(json.dumps(loader.rng.getstate()).encode()))
         loader.rng.setstate((version, tuple(numbers), gauss))  # one order of the images in all
     if not launch.is_main_process():  # what is drawn for a whole batch at once; network and order are the same everywhere
@@ -187,7 +187,7 @@ def together(learn: Learner) -> Iterator[None]:
             yield
     finally:
         for loader in loaders:
-            loader.share(0, 1)
+            loader.shard(0, 1)
 
 
 class Together(Callback):

@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-import timm
 import timm.optim
 import torch
 from fastai.optimizer import OptimWrapper
@@ -13,19 +12,27 @@ from ..recipe.schema import Train
 from ..utils.errors import RecipeError
 from ..utils.text import did_you_mean
 
+__all__ = ["all_parameters", "build_optimizer", "split_by_decay"]
 
-def _one_group(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+
+def all_parameters(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """A network's parameters in one group, as the authors decay them."""
     return [list(model.parameters())]
 
 
-def _by_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-    """Norms' and biases' parameters apart, by timm's rule."""
+def split_by_decay(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """A network's parameters in two groups; the second, of normalization layers and biases by timm's rule, has no
+    weight decay."""
     undecayed, decayed = (group["params"] for group in param_groups_weight_decay(model))
     return [decayed, undecayed]
 
 
-def _optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Train) -> OptimWrapper:
-    """timm's optimiser of that name; only the first group is decayed."""
+def build_optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Train) -> OptimWrapper:
+    """timm's optimizer of the recipe's name; only the first group has weight decay.
+
+    Raises:
+        RecipeError: timm has no optimizer of that name, or it cannot be used here.
+    """
     name = train.optimizer
     try:
         info = timm.optim.get_optimizer_info(name)
@@ -44,5 +51,5 @@ def _optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Train) 
             betas = inspect.signature(info.opt_class).parameters["betas"].default
             keywords.update(betas=(train.momentum, betas[1]) if betas else None)
         return OptimWrapper(opt=create_optimizer_v2(parameters, name, lr, train.weight_decay, **keywords))
-    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # a package or GPU it needs
+    except (AssertionError, ImportError, RuntimeError, TypeError, ValueError) as error:  # it needs a package or a GPU
         raise RecipeError(f"train.optimizer: {name} cannot be used here: {' '.join(str(error).split())}") from None

@@ -9,17 +9,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ..data.loaders import input_size
-from ..models.cost import budget
-from ..models.factory import network_cost
 from ..recipe.loading import load_recipe
 from ..recipe.machine import check_machine
-from ..recipe.schema import Recipe
 from ..utils.errors import RecipeError
 from ..utils.figures import to_png
 from ..utils.files import write_atomically, write_table
-from .learner import build_learner
-from .run import train
+from .run import TrainingRun
 from .run_summary import read_run
 
 __all__ = ["combinations", "draw_sweep", "plan_sweep", "sweep"]
@@ -41,8 +36,8 @@ def combinations(overrides: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*choices)]
 
 
-def plan_sweep(recipe: Path, overrides: Sequence[str]) -> tuple[Path, dict[str, Recipe]]:
-    """The folder of a sweep, not made yet, and by label the recipe of each of its runs.
+def plan_sweep(recipe: Path, overrides: Sequence[str]) -> tuple[Path, dict[str, TrainingRun]]:
+    """The folder of a sweep, not made yet, and by label each of its runs.
 
     Raises:
         RecipeError: nothing is swept, or one of the combinations cannot be run.
@@ -58,23 +53,22 @@ def plan_sweep(recipe: Path, overrides: Sequence[str]) -> tuple[Path, dict[str, 
         swept = [part for part, *others in zip(combination, *chosen) if len(set(others)) > 1]
         label = " ".join(re.sub(r"^\w+\.", "", part) for part in swept)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{first.name}-{label.replace('=', '-')}")[:100].rstrip("-")
-        plans[label] = load_recipe(recipe, [*combination, f"name={name}", f"output={folder}"])
-        check_machine(plans[label])
-        network_cost(plans[label])
+        plan = load_recipe(recipe, [*combination, f"name={name}", f"output={folder}"])
+        check_machine(plan)
+        plans[label] = TrainingRun(plan)
     return folder, plans
 
 
-def sweep(folder: Path, plans: dict[str, Recipe], console: Console) -> list[Path]:
+def sweep(folder: Path, plans: dict[str, TrainingRun], console: Console) -> list[Path]:
     """Train every plan of `plan_sweep`, one after the other; `sweep.csv` and `sweep.png` grow with them.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; the runs that are done, and the state of this one, are kept.
     """
-    runs, rows = [], []
-    for number, (label, recipe) in enumerate(plans.items(), 1):
-        console.print(f"Run {number} of {len(plans)}: {label}", style="bold", highlight=False)
-        learn = build_learner(recipe)
-        runs.append(train(learn, recipe, budget(learn.model, input_size(recipe.data)), console))
+    runs, rows, plans, count = [], [], dict(plans), len(plans)
+    for number, label in enumerate(list(plans), 1):
+        console.print(f"Run {number} of {count}: {label}", style="bold", highlight=False)
+        runs.append(plans.pop(label).fit(console))  # and lets go of its network and data
         _, summary = read_run(runs[-1])
         costs = {key: summary[key] for key in ("macs", "macs_dense", "operations", "parameters", "seconds")}
         rows.append({"run": runs[-1].name, "label": label, "top_1": summary["best"]["top_1"], **costs})

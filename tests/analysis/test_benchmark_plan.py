@@ -15,9 +15,9 @@ def networks(monkeypatch):
     """The networks that a plan is going to build, by name."""
     built, build = {}, benchmark_plan.build_model
 
-    def spy(recipe, classes):
-        built[recipe.model.arch] = build(recipe, classes)
-        return built[recipe.model.arch]
+    def spy(model, *size):
+        built[model.arch] = build(model, *size)
+        return built[model.arch]
 
     monkeypatch.setattr(benchmark_plan, "build_model", spy)
     return built
@@ -111,11 +111,12 @@ def test_a_step_trains_and_leaves_the_weights(monkeypatch):
 def test_the_data_need_not_be_there(monkeypatch, tmp_path):
     classes = {}
     build = benchmark_plan.build_model
-    monkeypatch.setattr(
-        benchmark_plan,
-        "build_model",
-        lambda recipe, count: classes.update({recipe.data.name: count}) or build(recipe, count),
-    )
+
+    def spy(model, count, size):
+        classes[name] = count
+        return build(model, count, size)
+
+    monkeypatch.setattr(benchmark_plan, "build_model", spy)
     for name in ("digits", "cifar10", "cifar100", "folder"):
         path = () if name == "digits" else (f"data.path={tmp_path}/nowhere",)
         plan = plan_benchmark(tiny(f"data.name={name}", "data.size=16", "data.batch_size=1", *path))

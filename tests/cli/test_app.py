@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from dgc_fastai import budget, build_learner, load_recipe
-from dgc_fastai.models.factory import build_model
+from dgc_fastai import build_learner, load_recipe
+from dgc_fastai.models.factory import network_cost
 from dgc_fastai.training.callbacks.run_files import RunFolder
-from dgc_fastai.training.learner import evaluate, fit
+from dgc_fastai.training.learner import evaluate
 from helpers import QUICKSTART, ROOT
 from helpers.command_line import TINY, only, process
 from helpers.datasets import write_cifar, write_imagenet
@@ -77,7 +77,7 @@ def test_weights_evaluate_to_the_figures_of_the_run(app, run):
 
 def test_best_is_the_best_of_the_most_closed(tmp_path):
     recipe = load_recipe(QUICKSTART)
-    record = RunFolder(tmp_path, recipe, budget(build_model(recipe), (1, 8, 8)))
+    record = RunFolder(tmp_path, recipe, list("0123456789"), network_cost(recipe.model, 10, (1, 8, 8)))
     names = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "lasso", "lr", "time"]
     epochs = [(0.9, 0.0), (0.8, 0.4), (0.7, 0.75), (0.75, 0.75), (0.75, 0.75), (0.6, 0.75)]
     best = []
@@ -199,7 +199,7 @@ def test_the_same_seed_gives_the_same_weights():
         recipe = load_recipe(QUICKSTART, ["train.epochs=1", "data.batch_size=400", f"train.seed={seed}", *TINY])
         learn = build_learner(recipe)
         with learn.no_bar(), learn.no_logging():
-            fit(learn, recipe)
+            learn.fit_recipe()
         states.append({name: tensor.clone() for name, tensor in learn.model.state_dict().items()})
     assert equal_states(states[0], states[1]) and not equal_states(states[0], states[2])
 
@@ -211,7 +211,7 @@ def test_schedules_and_optimisers(optimizer, schedule):
     recipe = load_recipe(QUICKSTART, ["train.epochs=2", "data.batch_size=400", *overrides, *TINY])
     learn = build_learner(recipe)
     with learn.no_bar(), learn.no_logging():
-        fit(learn, recipe)
+        learn.fit_recipe()
     (group,) = learn.opt.opt.param_groups  # every parameter, norms and biases too, is decayed alike
     assert group["weight_decay"] == 0.02
     assert type(learn.opt.opt).__name__.lower() == optimizer

@@ -144,7 +144,7 @@ def test_crops_that_are_not_too_large_can_be_left_as_they_are():
         torch.manual_seed(seed)
         resized = FileCropFlip(40)(image)
         torch.manual_seed(seed)
-        left = FileCropFlip(40, most=80)(image)
+        left = FileCropFlip(40, max_side=80)(image)
         sizes.add(tuple(left.shape[1:]))
         most = grey_levels(v2.functional.resize(left, [40, 40]), resized)[0]
         assert most == 0 and max(left.shape[1:]) <= 80

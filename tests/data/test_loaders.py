@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from dgc_fastai import build_learner, load_recipe
-from dgc_fastai.data import loaders as data_module
-from dgc_fastai.data.loaders import build_dataloaders, class_names, input_size, open_image, read_image
+from dgc_fastai.data import image_files
+from dgc_fastai.data.image_files import open_image, read_image
+from dgc_fastai.data.loaders import build_dataloaders, class_names
 from dgc_fastai.recipe.machine import check_data
 from dgc_fastai.recipe.schema import Data
 from dgc_fastai.utils.errors import RecipeError
@@ -58,7 +59,7 @@ def test_every_training_image_comes_once_an_epoch_and_in_another_order(tmp_path)
 def test_digits_are_real_and_held_out():
     data = Data(name="digits", size=16)
     dls = build_dataloaders(data, CPU)
-    assert (len(dls.train_ds), len(dls.valid_ds), input_size(data)) == (1437, 360, (1, 16, 16))
+    assert (len(dls.train_ds), len(dls.valid_ds), data.input_size) == (1437, 360, (1, 16, 16))
     assert dls.one_batch()[0].shape == (64, 1, 16, 16)
     from sklearn.datasets import load_digits
 
@@ -156,7 +157,7 @@ def test_damaged_or_hostile_files_are_named(tmp_path):
         file.write_bytes(damaged)
         assert str(file) in refusal()
     file.write_bytes(pickle.dumps(Attack(tmp_path / "was_run")))
-    assert "is no array" in refusal() and not (tmp_path / "was_run").exists()
+    assert "is not an array" in refusal() and not (tmp_path / "was_run").exists()
     file.unlink()
     assert "No such file" in refusal()
     images, labels = content["data_batch_3"]
@@ -189,7 +190,7 @@ def test_fashion_mnist_s_files(tmp_path, packed, below):
     content = write_fashion_mnist(tmp_path / below, packed)
     data = Data(name="fashion_mnist", path=str(tmp_path), batch_size=20)
     dls = build_dataloaders(data, CPU)
-    assert input_size(data) == (1, 28, 28) and class_names(data)[9] == "Ankle boot"
+    assert data.input_size == (1, 28, 28) and class_names(data)[9] == "Ankle boot"
     images, labels = content["t10k"]
     x, y = map(torch.cat, zip(*dls.valid))
     expected = (torch.from_numpy(images).unsqueeze(1) / 255 - 0.2860) / 0.3530
@@ -226,7 +227,7 @@ def test_a_small_set_lives_on_the_device_and_must_fit(tmp_path):
     write_fashion_mnist(tmp_path)
     dls = build_dataloaders(Data(name="fashion_mnist", path=str(tmp_path)), torch.device("meta"))
     assert dls.train_ds.images.device.type == dls.valid_ds.labels.device.type == "meta"
-    with pytest.raises(RecipeError, match="data.size: 4096 px make digits 28 GiB"):
+    with pytest.raises(RecipeError, match="data.size: digits at 4096 px needs 28 GiB"):
         build_dataloaders(Data(name="digits", size=4096), CPU)
 
 
@@ -414,7 +415,7 @@ def write_odd_and_corrupt(folder):
 def test_of_many_kinds_of_corrupt_images_each_is_named_and_no_other_lost(
     tmp_path, workers, resizing, caplog, capfd, monkeypatch
 ):
-    monkeypatch.setattr(data_module, "RESIZING", resizing)
+    monkeypatch.setattr(image_files, "RESIZING_DEVICES", resizing)
     bad = write_odd_and_corrupt(tmp_path)
     assert len(bad) >= 20
     dl = build_dataloaders(folder_data(tmp_path, workers=workers, unreadable="skip", batch_size=50), CPU).train
@@ -422,7 +423,7 @@ def test_of_many_kinds_of_corrupt_images_each_is_named_and_no_other_lost(
         images, labels = map(torch.cat, zip(*dl))
         list(dl)
     assert len(images) == len(labels) == 6 + len(odd_files()) and images.isfinite().all()
-    told = [record.getMessage() for record in caplog.records if record.name == "dgc_fastai.data.loaders"]
+    told = [record.getMessage() for record in caplog.records if record.name == "dgc_fastai.data.image_files"]
     assert sorted(line.split(": ")[0] for line in told) == sorted(
         f"skipped the unreadable image {path}" for path in bad
     )
@@ -546,7 +547,7 @@ def test_a_device_that_resizes_sees_what_workers_would_have_resized(tmp_path, wo
     data = folder_data(tmp_path, size=36, batch_size=10, workers=workers)
     batches = []
     for resizing in ((), ("cpu",)):
-        monkeypatch.setattr(data_module, "RESIZING", resizing)
+        monkeypatch.setattr(image_files, "RESIZING_DEVICES", resizing)
         dl = build_dataloaders(data, CPU).train
         dl.set_epoch(seed=0, epoch=0)
         batches.append(list(dl))
@@ -565,7 +566,7 @@ def test_a_device_that_resizes_can_be_shown_and_spares_what_it_is_not_for(tmp_pa
     import matplotlib
 
     matplotlib.use("Agg")
-    monkeypatch.setattr(data_module, "RESIZING", ("cpu",))
+    monkeypatch.setattr(image_files, "RESIZING_DEVICES", ("cpu",))
     write_imagenet(tmp_path)
     dls = build_dataloaders(folder_data(tmp_path, size=32, augment=augment), CPU)
     assert dls.train.one_batch()[0].shape == dls.valid.one_batch()[0].shape == (4, 3, 32, 32)

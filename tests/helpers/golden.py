@@ -64,7 +64,7 @@ def loaders(images, labels, size):
     """The same images to train and to validate with, as a small set."""
     from fastai.data.core import DataLoaders
 
-    from dgc_fastai.data.loaders import TensorDL, TensorImages
+    from dgc_fastai.data.in_memory import TensorDL, TensorImages
 
     vocab = [str(n) for n in range(10)]
     splits = (TensorImages(images, labels, vocab, split_idx) for split_idx in (0, 1))

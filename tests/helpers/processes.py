@@ -16,15 +16,15 @@ from fastai.torch_core import set_seed
 from rich.console import Console
 from torch import nn
 
-from dgc_fastai import DynamicGroupConv2d, budget, load_recipe
-from dgc_fastai.data.loaders import build_dataloaders, input_size
+from dgc_fastai import DynamicGroupConv2d, build_learner, load_recipe
+from dgc_fastai.data.loaders import build_dataloaders
 from dgc_fastai.layers.gate_schedule import dgc_layers
 from dgc_fastai.training.distributed import join, leave
-from dgc_fastai.training.learner import assemble, build_learner, evaluate, fit
-from dgc_fastai.training.run import train
+from dgc_fastai.training.learner import assemble, evaluate
+from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.training.run_folder import run_to_go_on_with
 from dgc_fastai.utils.errors import Interrupted, TrainingError
-from dgc_fastai.utils.launch import processes, rank
+from dgc_fastai.utils.launch import rank, world_size
 from helpers import QUICKSTART
 
 
@@ -61,7 +61,7 @@ class AskedToStop(Callback):
     order = 79
 
     def after_batch(self):
-        if rank() == processes() - 1 and self.training and (self.epoch, self.iter) == (1, 1):
+        if rank() == world_size() - 1 and self.training and (self.epoch, self.iter) == (1, 1):
             self.snapshots.stop = signal.SIGTERM
 
 
@@ -71,7 +71,7 @@ class NoNumber(Callback):
     order = 4
 
     def after_loss(self):
-        if rank() == processes() - 1 and self.training and (self.epoch, self.iter) == (0, 1):
+        if rank() == world_size() - 1 and self.training and (self.epoch, self.iter) == (0, 1):
             self.learn.loss_grad, self.learn.loss = self.learn.loss_grad * math.nan, self.learn.loss * math.nan
             for module in self.model.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -87,13 +87,13 @@ def plain(recipe):
         set_seed(0)
         dls = build_dataloaders(recipe.data, torch.device("cpu"))
     torch.manual_seed(0)
-    return train_only(recipe, assemble(recipe, dls, without_norms()))
+    return train_only(assemble(recipe, dls, without_norms()))
 
 
-def train_only(recipe, learn, *callbacks):
+def train_only(learn, *callbacks):
     watch = Watch()
     with learn.no_bar(), learn.no_logging(), learn.added_cbs([watch, *callbacks]):
-        fit(learn, recipe)
+        learn.fit_recipe()
         rows = [list(map(float, row)) for row in learn.recorder.values]
         scores = evaluate(learn)
     return {"inactive": watch.inactive, "history": rows, "scores": scores, "weights": learn.model.state_dict()}
@@ -101,7 +101,7 @@ def train_only(recipe, learn, *callbacks):
 
 def no_number(recipe):
     try:
-        return train_only(recipe, build_learner(recipe), NoNumber())
+        return train_only(build_learner(recipe), NoNumber())
     except TrainingError as error:
         return {"error": str(error)}
 
@@ -114,20 +114,19 @@ def validate(recipe):
 
 def whole_run(recipe, *callbacks, resume=False):
     """As app.py does it."""
-    learn = build_learner(recipe)
-    learn.add_cbs(callbacks)
-    cost = budget(learn.model, input_size(recipe.data))
+    run = TrainingRun(recipe)
+    run.learner.add_cbs(callbacks)
     folder, _ = run_to_go_on_with(recipe, resume)
     try:
-        folder = train(learn, recipe, cost, Console(file=io.StringIO()), folder)
+        folder = run.fit(Console(file=io.StringIO()), folder)
     except Interrupted as stop:
         return {"stopped": stop.args[0]}
-    return {"folder": str(folder), "weights": learn.model.state_dict()}
+    return {"folder": str(folder), "weights": run.learner.model.state_dict()}
 
 
 WHAT = {
     "plain": plain,
-    "train": lambda recipe: train_only(recipe, build_learner(recipe)),
+    "train": lambda recipe: train_only(build_learner(recipe)),
     "no_number": no_number,
     "validate": validate,
     "run": whole_run,
@@ -140,7 +139,7 @@ def main(folder: str, scenarios: str) -> None:
     """Go through scenarios, as JSON a list of [name, what, overrides]; what comes of each is in a file of its name."""
     for name, what, overrides in json.loads(scenarios):
         result = WHAT[what](load_recipe(QUICKSTART, overrides))
-        torch.save(result, Path(folder) / f"{name}-{processes()}-{rank()}.pt")
+        torch.save(result, Path(folder) / f"{name}-{world_size()}-{rank()}.pt")
     leave()
 
 

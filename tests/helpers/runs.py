@@ -9,10 +9,9 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dgc_fastai import budget, build_learner, load_recipe
-from dgc_fastai.data.loaders import input_size
+from dgc_fastai import load_recipe
 from dgc_fastai.training.resume import read_state
-from dgc_fastai.training.run import train
+from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.training.run_folder import interrupted_run
 from dgc_fastai.utils.errors import Interrupted
 from helpers import QUICKSTART
@@ -37,15 +36,18 @@ class StopAt(Callback):
 def start(overrides, resume=False, callback=None):
     """Train a recipe in this process: the run folder, or None if it was stopped, and the learner."""
     recipe = load_recipe(QUICKSTART, [*TINY, *overrides])
-    learn = build_learner(recipe)
-    cost = budget(learn.model, input_size(recipe.data))
+    run = TrainingRun(recipe)
     folder = interrupted_run(recipe)[0] if resume else None
     assert folder or not resume
-    learn.add_cbs([callback] if callback else [])
+    run.learner.add_cbs([callback] if callback else [])
     try:
-        return train(learn, recipe, cost, Console(file=io.StringIO()), folder), learn
+        return run.fit(silent(), folder), run.learner
     except Interrupted:
-        return None, learn
+        return None, run.learner
+
+
+def silent():
+    return Console(file=io.StringIO())
 
 
 def history(folder):

@@ -20,7 +20,7 @@ from dgc_fastai.layers.gate_schedule import dgc_layers, num_inactive
 from dgc_fastai.models.checkpoints import _translate
 from dgc_fastai.ops.gated_conv2d import use_formulation
 from dgc_fastai.recipe.schema import Recipe
-from dgc_fastai.training.learner import assemble, fit
+from dgc_fastai.training.learner import assemble
 from helpers.golden import equal_states, evaluating, group, loaders, read, tiny_densenet
 
 
@@ -85,7 +85,7 @@ def golden_run(golden, metadata, threads, perturbed):
     torch.set_num_threads(threads)
     cbs = [spy, AfterAnotherRun(), StopWhenAstray(golden["train.cross_entropy"][:8])]
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs):
-        fit(learn, recipe)
+        learn.fit_recipe()
     torch.set_num_threads(before)
     return [torch.tensor(column) for column in zip(*spy.steps)]
 

@@ -2,7 +2,6 @@
 
 import csv
 import fcntl
-import io
 import json
 import os
 import random
@@ -16,16 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
-from dgc_fastai import budget, build_learner, load_recipe
+from dgc_fastai import load_recipe
 from dgc_fastai.cli import main as app
-from dgc_fastai.data.loaders import FileDL
-from dgc_fastai.training.run import train
+from dgc_fastai.data.image_files import FileDL
+from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.utils.errors import LostProcess
 from helpers import ROOT, processes
 from helpers.datasets import write_fashion_mnist, write_imagenet
 from helpers.golden import equal_states
+from helpers.runs import silent
 
 TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]  # and how many
@@ -261,6 +260,5 @@ def test_a_dead_reader_of_images_is_one_line(tmp_path, monkeypatch):
     write_imagenet(tmp_path / "data")
     data = "data.name=imagenet", f"data.path={tmp_path / 'data'}", "data.size=32", "data.batch_size=4", "data.workers=1"
     recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [*TINY, *data, f"output={tmp_path / 'runs'}"])
-    learn = build_learner(recipe)
     with pytest.raises(LostProcess, match="a process that reads images has died.*to go on: python app.py .*--resume"):
-        train(learn, recipe, budget(learn.model, (3, 32, 32)), Console(file=io.StringIO()))
+        TrainingRun(recipe).fit(silent())

@@ -18,12 +18,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from dgc_fastai import budget, build_learner, load_recipe
+from dgc_fastai import load_recipe
 from dgc_fastai.analysis.benchmark import benchmark, benchmark_folder
 from dgc_fastai.analysis.timing import Measurement, Variant
 from dgc_fastai.inference.predict import Predictor
 from dgc_fastai.training.resume import read_state
-from dgc_fastai.training.run import train
+from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.utils.errors import CheckpointError, UserError, WriteError
 from helpers import QUICKSTART, ROOT
 from helpers.command_line import only
@@ -98,7 +98,6 @@ def test_a_disk_full_at_any_file_costs_nothing(tmp_path):
 def test_a_full_disk_under_the_terminal_s_text_too(tmp_path):
     whole, _ = start([f"output={tmp_path}/whole"])
     recipe = load_recipe(QUICKSTART, [*TINY, f"output={tmp_path}/parts"])
-    learn = build_learner(recipe)
 
     class Full(io.StringIO):
         def write(self, text):
@@ -107,7 +106,7 @@ def test_a_full_disk_under_the_terminal_s_text_too(tmp_path):
             return super().write(text)
 
     with pytest.raises(WriteError, match=r"No space left on device; mend that, then go on: python app.py .* --resume$"):
-        train(learn, recipe, budget(learn.model, (1, 8, 8)), Console(file=Full()))
+        TrainingRun(recipe).fit(Console(file=Full()))
     assert same_run(whole, start([f"output={tmp_path}/parts"], resume=True)[0])
 
 
@@ -138,10 +137,9 @@ def test_a_full_disk_under_tensorboard_too(tmp_path, monkeypatch):
 
 def test_the_bars_are_closed_when_the_disk_is_full(tmp_path):
     recipe = load_recipe(QUICKSTART, [*TINY, f"output={tmp_path}"])
-    learn = build_learner(recipe)
     terminal = io.StringIO()
     with full_disk("last.safetensors"), pytest.raises(WriteError):
-        train(learn, recipe, budget(learn.model, (1, 8, 8)), Console(file=terminal, force_terminal=True, width=80))
+        TrainingRun(recipe).fit(Console(file=terminal, force_terminal=True, width=80))
     hidden, shown = (terminal.getvalue().rfind(code) for code in ("\x1b[?25l", "\x1b[?25h"))  # the cursor
     assert 0 <= hidden < shown
 

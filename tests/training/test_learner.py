@@ -17,8 +17,7 @@ from dgc_fastai.layers.gate_schedule import dgc_layers
 from dgc_fastai.training.callbacks.ema import AverageWeights
 from dgc_fastai.training.callbacks.mixing import MixUpOrCutMix
 from dgc_fastai.training.callbacks.precision import DeviceMixedPrecision
-from dgc_fastai.training.learner import fit
-from dgc_fastai.training.optimizer import _optimizer
+from dgc_fastai.training.optimizer import build_optimizer
 from dgc_fastai.training.schedules import schedules
 from dgc_fastai.utils.errors import RecipeError, TrainingError
 from helpers import QUICKSTART
@@ -33,7 +32,7 @@ def trained(*overrides, callbacks=()):
     learn = build_learner(recipe)
     learn.add_cbs(list(callbacks))
     with learn.no_bar(), learn.no_logging():
-        fit(learn, recipe)
+        learn.fit_recipe()
     return learn
 
 
@@ -261,7 +260,7 @@ def test_the_common_optimisers_are_fused_on_a_gpu(monkeypatch, name, is_cuda, fu
 
     monkeypatch.setattr("dgc_fastai.training.optimizer.create_optimizer_v2", create)
     train = load_recipe(QUICKSTART, [*TINY, f"train.optimizer={name}"]).train
-    _optimizer([[Parameter(torch.zeros(2))]], 0.1, train)
+    build_optimizer([[Parameter(torch.zeros(2))]], 0.1, train)
     assert asked.get("fused") is fused
 
 
@@ -326,7 +325,7 @@ def test_the_images_of_a_bad_batch_are_named(tmp_path):
     learn = build_learner(recipe)
     learn.add_cb(NoNumber({(0, 1)}))
     with learn.no_bar(), learn.no_logging(), pytest.raises(TrainingError):
-        fit(learn, recipe)
+        learn.fit_recipe()
     files = learn.dls.train_ds.items
     expected = [str(files[index]) for index in learn.dls.train.indices[4:8]]
     assert learn.non_finite_loss.images == expected and all(Path(name).is_file() for name in expected)
@@ -402,7 +401,7 @@ def test_an_overflow_in_fp16_leaves_out_a_step_and_halves_the_scale():
     scales, watch = Scales(), Weights()
     learn.add_cbs([DeviceMixedPrecision(amp_mode="fp16", init_scale=1024.0), Overflow(), scales, watch])
     with learn.no_bar(), learn.no_logging():
-        fit(learn, recipe)
+        learn.fit_recipe()
     assert scales.seen == [1024, 1024, 512, 512]
 
     def weights(batch):

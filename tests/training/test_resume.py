@@ -1,7 +1,6 @@
 """Runs that are stopped, or killed, and go on to the same bits."""
 
 import csv
-import io
 import multiprocessing
 import os
 import random
@@ -12,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.callback.core import Callback
-from rich.console import Console
 from safetensors.torch import load_file
 
-from dgc_fastai import budget, build_learner, load_recipe
+from dgc_fastai import load_recipe
 from dgc_fastai.training.resume import read_state
-from dgc_fastai.training.run import train
+from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.training.run_folder import interrupted_run, run_to_go_on_with
 from dgc_fastai.utils.errors import CheckpointError, TrainingError
 from dgc_fastai.utils.files import file_lock
 from helpers import QUICKSTART, ROOT
 from helpers.datasets import write_imagenet
 from helpers.golden import equal_states
-from helpers.runs import TINY, StopAt, history, same_run, start, whole_files
+from helpers.runs import TINY, StopAt, history, same_run, silent, start, whole_files
 
 EVERYTHING = [
     "train.ema=0.9", "train.accumulate=3", "train.clip=1.0", "train.mixup=0.2", "train.cutmix=1.0",
@@ -68,8 +66,7 @@ def test_image_files_too_and_whatever_the_number_of_workers(tmp_path):
 def test_two_runs_of_a_recipe_are_the_same_and_its_resolved_form_reruns_it(tmp_path):
     first, _ = start([f"output={tmp_path}/first", "model.drop_rate=0.1"])
     recipe = load_recipe(first / "recipe.yaml", [f"output={tmp_path}/second"])
-    learn = build_learner(recipe)
-    second = train(learn, recipe, budget(learn.model, (1, 8, 8)), Console(file=io.StringIO()))
+    second = TrainingRun(recipe).fit(silent())
     assert same_run(first, second)
     third, _ = start([f"output={tmp_path}/third", "model.drop_rate=0.1", "train.seed=1"])
     assert not equal_states(load_file(first / "last.safetensors"), load_file(third / "last.safetensors"))

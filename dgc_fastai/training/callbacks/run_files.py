@@ -2,13 +2,13 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 
-from ...data.loaders import class_names
 from ...models.checkpoints import save_checkpoint
 from ...models.cost import Budget
 from ...recipe.schema import Recipe
@@ -26,18 +26,18 @@ class RunFolder(Callback):
     Args:
         folder: an existing folder.
         recipe: the run's recipe; weights carry it and the class names in their metadata.
+        classes: the class names.
         cost: of the network.
     """
 
     order = 70  # after Recorder (50)
 
-    def __init__(self, folder: Path, recipe: Recipe, cost: Budget):
+    def __init__(self, folder: Path, recipe: Recipe, classes: Sequence[str], cost: Budget):
         self.folder, self.recipe = folder, recipe
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
         self.drawn, self.drawing = self.started, 1.0  # a first guess
-        classes = json.dumps(class_names(recipe.data))
-        self.metadata = {"recipe": recipe.to_yaml(), "classes": classes, "format": "pt"}
+        self.metadata = {"recipe": recipe.to_yaml(), "classes": json.dumps(list(classes)), "format": "pt"}
         self.summary = {
             "name": recipe.name,
             "macs": cost.macs,

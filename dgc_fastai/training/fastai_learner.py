@@ -1,0 +1,77 @@
+"""fastai's `vision_learner` for DGC networks."""
+
+import inspect
+from typing import Any, Optional, Union
+
+import timm
+import torch
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import Normalize, get_c
+from fastai.learner import Learner
+from fastcore.basics import risinstance
+from fastcore.foundation import L
+from fastcore.meta import delegates
+
+from .. import models  # noqa: F401  (registers the networks)
+from .callbacks import AnnealGates
+
+__all__ = ["dgc_learner"]
+
+
+@delegates(Learner.__init__, keep=True, but=["dls", "model"])
+def dgc_learner(
+    dls: DataLoaders,
+    arch: Union[str, torch.nn.Module],
+    normalize: bool = True,
+    n_out: Optional[int] = None,
+    n_in: int = 3,
+    lasso: float = 1e-5,
+    anneal: bool = True,
+    cbs: Any = None,
+    **kwargs: Any,
+) -> Learner:
+    """fastai's `vision_learner` for DGC networks, with `AnnealGates` and the paper's head: pooling, one linear layer.
+
+    The network is timm's as it stands, so `load_checkpoint`, `budget` and timm's own tools take `learn.model`. Body and
+    classifier are parameter groups of their own, for `fine_tune`, `freeze` and `slice` of learning rates.
+
+    Args:
+        dls: images [B, n_in, H, W] and their classes.
+        arch: a name for `timm.create_model`, or a network, such as one from `convert`, with a classifier for `dls`.
+        normalize: add the network's own `Normalize` to `dls`, if there is none yet and it is for `n_in` channels.
+        n_out: number of classes, by default that of `dls`.
+        n_in: channels of the images.
+        lasso, anneal: see `AnnealGates`.
+        cbs: more callbacks.
+        kwargs: of fastai's `Learner`; all others are keywords for `timm.create_model`, such as `gate_factor`.
+
+    Raises:
+        ValueError: the number of classes is not given and `dls` does not know it.
+        TypeError: a keyword is neither the Learner's nor the network's.
+    """
+    network_only = {name: kwargs.pop(name) for name in list(kwargs) if name not in _LEARNER_KEYWORDS}
+    if isinstance(arch, str):
+        n_out = n_out or get_c(dls)
+        if not n_out:
+            raise ValueError("the number of classes is not known: set dls.c or pass n_out")
+        model = timm.create_model(arch, num_classes=n_out, in_chans=n_in, **network_only)
+    elif network_only:
+        raise TypeError(f"{', '.join(network_only)}: a network that is there already takes no keywords")
+    else:
+        model = arch
+    cfg = getattr(model, "default_cfg", None) or {}
+    has_one = bool(dls.after_batch.fs.filter(risinstance(Normalize)))
+    if normalize and not has_one and len(cfg.get("mean", ())) == n_in:
+        dls.add_tfms([Normalize.from_stats(cfg["mean"], cfg["std"])], "after_batch")
+    kwargs.setdefault("splitter", _body_and_classifier)
+    return Learner(dls, model, cbs=[AnnealGates(lasso, anneal), *L(cbs)], **kwargs)
+
+
+_LEARNER_KEYWORDS = inspect.signature(Learner).parameters.keys()
+
+
+def _body_and_classifier(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """A network's parameters in two groups; the second is of its last module, the classifier."""
+    last = [list(child.parameters()) for child in model.children() if list(child.parameters())][-1]
+    rest = [parameter for parameter in model.parameters() if not any(parameter is other for other in last)]
+    return [group for group in (rest, last) if group]
