@@ -58,7 +58,7 @@ def tensor_loaders(data: Data, device: torch.device, classes: Sequence[str]) -> 
     Raises:
         RecipeError: files are missing or damaged, or the resized images need more than `MAX_BYTES`.
     """
-    splits = small_set(data, len(classes))
+    splits = small_set(data)
     size = data.image_size
     needed = sum(len(images) for images, _ in splits) * splits[0][0].shape[1] * size**2
     if needed > MAX_BYTES:
