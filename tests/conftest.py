@@ -8,6 +8,7 @@ workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if workers > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# The same examples in every run, and none that depends on how fast the machine is.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None, print_blob=False)
+hypothesis.settings.load_profile("fixed")
 
 
 @pytest.fixture(autouse=True)
