@@ -1,4 +1,4 @@
-"""`python app.py ...` in a clone does what `dgc ...` does anywhere."""
+"""`python app.py ...` in a clone is the command `dgc ...`."""
 
 from dgc_fastai.cli.main import run
 

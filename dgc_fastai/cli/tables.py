@@ -1,7 +1,7 @@
-"""What a terminal shows of a recipe and of a network's cost."""
+"""What a terminal shows of a recipe, of a network's cost and of a run. Imports no torch."""
 
-import re
-from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -9,49 +9,84 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
-from ..models.cost import Budget
 from ..recipe.schema import Recipe
+from ..training.run_summary import read_run
+from ..utils.invocation import display_path, program
 
-MOST_ROWS = 40  # of the budget before a training run; about a screen
+if TYPE_CHECKING:
+    from ..models.cost import Budget
+
+__all__ = ["show_cost", "show_layers", "show_recipe", "show_result", "show_verdict"]
 
 
 def show_recipe(console: Console, recipe: Recipe) -> None:
-    """Print the recipe with every default and override written out."""
+    """Print the recipe with every default and override."""
     text = Syntax(recipe.to_yaml().rstrip(), "yaml", background_color="default", word_wrap=True)
     console.print(Panel(text, title=recipe.name, title_align="left", expand=False))
 
 
-def show_budget(console: Console, cost: Budget, every_layer: bool = False) -> None:
-    """Print what a network costs: by layer, or by block if that is more than a screen and not asked for."""
+def show_verdict(console: Console, cost: "Budget") -> None:
+    """Print that a recipe can be trained, and what its network costs, in one line."""
+    text = f"recipe, data, device OK; {_millions(cost.macs)} MACs, {_share(cost.macs, cost.macs_dense)} of dense"
+    console.print(text, style="bold", highlight=False, soft_wrap=True)
+
+
+def show_cost(console: Console, cost: "Budget") -> None:
+    """Print what a network costs for one image, and what each number counts."""
     rows = [
-        (layer.name, "x".join(map(str, layer.output)), layer.macs, layer.macs_now, layer.macs_dense, layer.parameters)
-        for layer in cost.layers
+        ("MACs, target", cost.macs, "multiply-accumulates after training, gates closed"),
+        ("MACs, now", cost.macs_now, "with the channels kept at present"),
+        ("MACs, dense", cost.macs_dense, "with ordinary convolutions"),
+        ("authors' count", cost.operations, "MACs plus ReLU, pooling, gates and biases"),
+        ("parameters", cost.parameters, ""),
     ]
-    grouped = len(rows) > MOST_ROWS and not every_layer
-    title = "MACs of one image: at the target gate factor, now, and dense"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("block" if grouped else "layer", no_wrap=True)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for name, number, meaning in rows:
+        table.add_row(name, f"{number:,.0f}", meaning)
+    console.print("Cost for one image:", style="bold")
+    console.print(table)
+
+
+def show_layers(console: Console, cost: "Budget") -> None:
+    """Print what each layer of a network costs."""
+    table = Table(title="MACs by layer", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
     for name in ("output", "target", "now", "dense", "params"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, shape, *numbers in _by_block(rows) if grouped else rows:
-        table.add_row(name, shape, *map(_quantity, numbers))
+    for layer in cost.layers:
+        numbers = layer.macs, layer.macs_now, layer.macs_dense, layer.parameters
+        table.add_row(layer.name, "x".join(map(str, layer.output)), *map(_quantity, numbers))
     table.add_section()
     totals = cost.macs, cost.macs_now, cost.macs_dense, cost.parameters
     table.add_row("total", "", *map(_quantity, totals), style="bold")
     console.print(table)
-    console.print(f"The authors' counter: {cost.operations:,.0f} operations, {cost.parameters:,} parameters.")
-    if grouped:
-        console.print("[dim]Blocks of layers; `check` lists every layer.[/dim]")
 
 
-def _by_block(rows: Sequence[tuple]) -> list[tuple]:
-    """Rows added up over the part of the name that ends in its first number: `stages.0`, `layer1.1`."""
-    blocks: dict[str, list] = {}
-    for name, shape, *numbers in rows:
-        match = re.match(r".*?\.\d+(?=\.)", name)
-        block = blocks.setdefault(match[0] if match else name, [shape, *(0 for _ in numbers)])
-        block[:] = [shape, *(total + number for total, number in zip(block[1:], numbers))]
-    return [(name, *block) for name, block in blocks.items()]
+def show_result(console: Console, folder: Path) -> None:
+    """Print what a run reached, where its best weights are, and how to use them."""
+    _, summary = read_run(folder)
+    best, place = summary["best"], display_path(folder)
+    share = _share(summary["macs"], summary["macs_dense"])
+    lines = [
+        f"The run is in {place}.",
+        f"Best: top-1 {100 * best['top_1']:.2f} % in epoch {best['epoch']}, with {100 * best['inactive']:.0f} % of the "
+        f"channels inactive; {_millions(summary['macs'])} MACs, {share} of dense.",
+        f"Its weights: {place}/best.safetensors",
+        f"To classify images: {program()} predict {place} IMAGE ...",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %"
+
+
+def _millions(number: float) -> str:
+    return f"{number / 1e6:,.2f} M"
 
 
 def _quantity(number: float) -> str:

@@ -1,60 +1,81 @@
-"""The recipes that lie in a folder: what each is for, and copies to edit."""
+"""The recipes that come with the package: found by name, and described from their headers."""
 
-import os
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
-
-import yaml
+from typing import Union
 
 from ..utils.errors import RecipeError
-from ..utils.files import write_atomically
-from .loading import load_recipe
+from .yaml_text import parse_yaml
 
-__all__ = ["copy_recipe", "describe_recipes"]
+__all__ = ["Description", "describe_recipes", "find_recipe", "recipe_names", "recipes_folder"]
 
 
-def describe_recipes(folder: Path) -> Sequence[tuple[Path, str, str]]:
-    """Path, title and what it reproduces, of each recipe in a folder, from their headers.
+@dataclass(frozen=True)
+class Description:
+    """A recipe in a list. Fields that its header does not have are empty."""
+
+    path: Path
+    title: str
+    data: str
+    gpu: str
+    """Whether it needs a GPU: `no`, `advised` or `yes`."""
+    time: str
+    target: str
+    """The published accuracy of this experiment, or `none`."""
+
+
+def recipes_folder() -> Path:
+    """The folder of the recipes: inside an installed package, or at the top of a clone."""
+    installed = Path(__file__).parents[1] / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def find_recipe(recipe: Union[str, Path]) -> Path:
+    """The file of a recipe, given as a path or as the name of one that comes with the package.
+
+    A file in the working folder takes precedence. The path is returned unchanged if there is no such file.
+    """
+    path = Path(recipe)
+    if path.is_file() or path.name != str(recipe):
+        return path
+    named = recipes_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
+    return named if named.is_file() else path
+
+
+def describe_recipes(folder: Path) -> list[Description]:
+    """Describe each recipe in a folder: quickstart first, then those that need no GPU.
 
     Raises:
-        RecipeError: there are none.
+        RecipeError: the folder has no recipes.
     """
-    found = []
-    for path in sorted(folder.glob("*.yaml")):
-        header = "".join(line[1:] for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-        title, _, rest = header.partition("\n")
-        # A field begins at a word in the first column; its other lines are indented.
-        fields = dict(re.findall(r"^ (\w+) {2,}(.*(?:\n {3,}.*)*)", rest, re.M))
-        found.append((path, title.strip(), " ".join(fields.get("Reproduces", "nothing it tells of.").split())))
+    found = [_describe(path) for path in folder.glob("*.yaml")]
     if not found:
-        raise RecipeError(f"{folder}: there are no recipes (*.yaml)")
-    return found
-
-
-def copy_recipe(source: Path, target: Optional[Path]) -> Path:
-    """Write a recipe under another name, comments and all, and return where it is.
-
-    Args:
-        target: by default `my_` and the old name, in the working folder.
-
-    Raises:
-        RecipeError: the source is no recipe, or something is in the way.
-        WriteError: the copy cannot be written.
-    """
-    old = load_recipe(source).name
-    target = target or Path(f"my_{source.name}")
-    if target.suffix != ".yaml":
-        raise RecipeError(f"{target}: give the copy a name that ends in .yaml")
-    if os.path.lexists(target):  # a link to nowhere is somebody's, too
-        raise RecipeError(f"{target}: there is a file of that name already; name another: copy {source} NAME.yaml")
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", target.stem).lstrip("_.-") or "recipe"
-    text = source.read_text()
-    # Its commands are to run the copy, and its runs to have its name.
-    text = text.replace(f"recipes/{source.name}", str(target))
-    text = re.sub(
-        rf"^name:\s*['\"]?{re.escape(old)}['\"]?", f"name: {yaml.safe_dump(name).split(chr(10))[0]}", text, flags=re.M
+        raise RecipeError(f"{folder}: there are no recipes (*.yaml) in this folder")
+    gpu = ["no", "advised", "yes"]
+    return sorted(
+        found,
+        key=lambda one: (one.path.stem != "quickstart", gpu.index(one.gpu) if one.gpu in gpu else 3, one.path.stem),
     )
-    write_atomically(target, text)
-    return target
+
+
+def _describe(path: Path) -> Description:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content, _ = parse_yaml(text, str(path))
+        data = str(content["data"]["name"])
+    except (OSError, UnicodeDecodeError, RecipeError, KeyError, TypeError):
+        return Description(path, "not a recipe", "", "", "", "")
+    header = "".join(line[1:] for line in text.splitlines(keepends=True) if line.startswith("#"))
+    title, _, rest = header.partition("\n")
+    # A field begins with a word in the first column. Its other lines are indented.
+    fields = dict(re.findall(r"^ (\w+) {2,}(.*(?:\n {3,}.*)*)", rest, re.M))
+    # A list has room for the first sentence of each.
+    gpu, time, target = (" ".join(fields.get(name, "").split()).split(". ")[0] for name in ("GPU", "Time", "Target"))
+    target = target.replace(" (published)", "").replace(" published", "")
+    return Description(path, title.strip(), data, gpu, time, target)

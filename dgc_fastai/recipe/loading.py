@@ -1,5 +1,6 @@
 """Recipes from YAML files, overrides, and errors that say where."""
 
+import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -10,47 +11,49 @@ import yaml
 from pydantic import ValidationError
 
 from ..utils.errors import RecipeError
+from ..utils.invocation import display_path
 from ..utils.text import did_you_mean
+from .catalogue import find_recipe, recipe_names
 from .schema import Data, Log, Model, Recipe, Section, Train
 from .yaml_text import parse_yaml
-
 
 # Keys of earlier versions: saved weights carry the recipe they were trained with.
 RENAMED_KEYS: dict[tuple, str] = {("train", "lasso"): "lasso_weight"}
 
 
 def load_recipe(path: Union[str, Path], overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe, apply overrides, check every key and value.
+    """Read a recipe, apply overrides, and check every key and value.
 
-    Whether data, output folder and device exist is another question: see `dgc_fastai.check_machine`.
+    Whether the data, the output folder and the device exist is not checked: see `recipe.machine.check_machine`.
 
     Args:
-        path: a YAML file.
-        overrides: `section.key=value` each, the value as YAML.
+        path: a YAML file, or the name of a recipe that comes with the package, such as `quickstart`.
+        overrides: `section.key=value` each, the value in YAML.
 
     Raises:
-        RecipeError: with the place, what is wrong there, and what to do.
+        RecipeError: says where the error is, what is wrong and what to do.
     """
-    return parse_recipe(_read(Path(path)), str(path), overrides)
+    found = find_recipe(path)
+    return parse_recipe(_read(found), display_path(found), overrides)
 
 
 def parse_recipe(text: str, where: str, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe that a text holds; `where` names its source in errors. Otherwise as `load_recipe`."""
+    """Parse the text of a recipe. As `load_recipe`; `where` names the source of the text in errors."""
     content, lines = _parse_sections(text, where)
     _rename_old_keys(content, lines)
     for override in overrides:
         _override(content, lines, override)
     try:
-        # By way of JSON, which is where pydantic's strictness and YAML's types agree on what a list is.
+        # From JSON, because in strict mode pydantic accepts a list only there for what YAML calls a sequence.
         return Recipe.model_validate_json(_to_json(content, where))
     except ValidationError as error:
-        # Unknown keys first: a misspelt one explains the missing one.
+        # Unknown keys first: a misspelt key explains a missing one.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         raise RecipeError("; ".join(_explain(problem, lines, where) for problem in problems[:3])) from None
 
 
 def differences(first: Recipe, second: Recipe, ignore: Iterable[str] = ()) -> list[str]:
-    """The keys in which two recipes differ, as `section.key`; sections and keys in `ignore` are not looked at."""
+    """The keys in which two recipes differ, as `section.key`, without the sections and top-level keys in `ignore`."""
     found = []
     for name in Recipe.model_fields.keys() - set(ignore):
         pair = getattr(first, name), getattr(second, name)
@@ -65,7 +68,7 @@ def differences(first: Recipe, second: Recipe, ignore: Iterable[str] = ()) -> li
 
 def _to_json(content: dict, where: str) -> str:
     if _size(content, {}) > 100_000:
-        raise RecipeError(f"{where}: not a recipe: its anchors stand for more than a recipe can hold")
+        raise RecipeError(f"{where}: not a recipe: its anchors expand to more than a recipe can hold")
     try:
         return json.dumps(content, default=str)
     except (TypeError, ValueError, RecursionError) as error:  # an anchor inside itself, a list as a key
@@ -73,11 +76,11 @@ def _to_json(content: dict, where: str) -> str:
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
-    """How many values there are when every anchor is written out; a few lines can stand for billions."""
+    """Number of values with every anchor expanded; a few lines can expand to billions."""
     if not isinstance(value, (dict, list)):
         return 1
     if id(value) not in known:
-        known[id(value)] = 0  # an anchor inside itself is told of by whoever writes it out
+        known[id(value)] = 0  # a recursive anchor is reported when it is serialized
         parts = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(value)]
@@ -87,13 +90,24 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        nearby = sorted(str(other) for other in path.parent.glob("*.yaml"))
-        hint = did_you_mean(str(path), nearby) or (f"; there are {', '.join(nearby)}" if nearby else "")
-        raise RecipeError(f"{path}: cannot read the recipe: {getattr(error, 'strerror', 'not UTF-8')}{hint}") from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise RecipeError(f"{path}: cannot read the recipe: {reason}{_other_recipes(path)}") from None
+
+
+def _other_recipes(path: Path) -> str:
+    """The end of an error message about a recipe that cannot be read: which others there are."""
+    if (path / "recipe.yaml").is_file():
+        return f"; did you mean the recipe of this run, '{path / 'recipe.yaml'}'?"
+    if path.is_file():
+        return ""
+    nearby = sorted(str(other) for other in path.parent.glob("*.yaml"))
+    if path.name == str(path):  # without a folder it may be a name
+        nearby = [*recipe_names(), *nearby]
+    return did_you_mean(str(path), nearby) or (f"; there are {', '.join(nearby)}" if nearby else "")
 
 
 def _parse_sections(text: str, where: str) -> tuple[dict, dict[tuple, str]]:
-    """A recipe's content, and for each key the line it stands on."""
+    """The content of a recipe, and for each key where it is: `file:line`."""
     content, node = parse_yaml(text, where)
     if not isinstance(content, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, such as 'name: quickstart'")
@@ -127,34 +141,64 @@ def _override(content: dict, lines: dict[tuple, str], override: str) -> None:
     if place in RENAMED_KEYS:
         place = place[0], RENAMED_KEYS[place]
     section = content
-    for key in place[:-1]:
+    for depth, key in enumerate(place[:-1], 1):
         if not isinstance(section.setdefault(key, {}), dict):
-            raise RecipeError(f"{override}: {key} is no section")
+            raise RecipeError(f"{override}: {key} is not a section")
         section = section[key]
+        lines.setdefault(place[:depth], override)  # of a section that is not in the file
     section[place[-1]] = parse_yaml(text, override)[0]
     lines[place] = override
 
 
-_SECTIONS = {"model": Model, "data": Data, "train": Train, "log": Log}
+_SECTIONS: dict[Any, type[Section]] = {"model": Model, "data": Data, "train": Train, "log": Log}
+# Pydantic's and JSON's words for what YAML calls otherwise.
+_MESSAGES = {"list_type": "input should be a list", "model_type": "input should be a section of keys and values"}
 
 
 def _explain(problem: dict, lines: dict[tuple, str], source: str) -> str:
+    """One line about one of pydantic's errors: where, which key, what is wrong, what to do."""
     place = tuple(problem["loc"])
-    # The nearest key that is written somewhere: a missing key has no line of its own.
+    # The nearest key that has a line: a missing key has none of its own.
     where = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), source)
     name = ".".join(str(part) for part in place)
     kind, message = problem["type"], problem["msg"]
     if kind == "extra_forbidden":
-        schema = Recipe if len(place) == 1 else _SECTIONS.get(place[0])
-        known = list(schema.model_fields) if schema else []
-        hint = did_you_mean(str(place[-1]), known) or f"; known are {', '.join(known)}"
-        message = f"unknown key{hint}"
+        message = f"unknown key{_known_keys(place)}"
     elif kind == "missing":
         message = "is missing"
     elif kind == "value_error":
         message = str(problem["ctx"]["error"])
+        where = _blamed_override(place, lines, message) or where
     else:
-        message = message[0].lower() + message[1:]
+        message = _MESSAGES.get(kind, message[0].lower() + message[1:])
         if not isinstance(problem["input"], (dict, list)):
             message += f", not {json.dumps(problem['input'], default=str)[:60]}"
-    return f"{where}: {name}: {message}"
+    # An override names its key itself.
+    return f"{where}: {message}" if where.startswith(f"{name}=") else f"{where}: {name}: {message}"
+
+
+def _blamed_override(place: tuple, lines: dict[tuple, str], message: str) -> str:
+    """The override in a section whose key or value an error about the whole section mentions, or nothing."""
+    for key, where in lines.items():
+        name, equals, value = where.partition("=")
+        if equals and key[: len(place)] == place and name == ".".join(key) and (key[-1] in message or value in message):
+            return where
+    return ""
+
+
+def _known_keys(place: tuple) -> str:
+    """The end of an error message about an unknown key: the key that was probably meant, or all there are."""
+    if len(place) > 1:
+        schema, section = _SECTIONS.get(place[0]), f"{place[0]}."
+        known = list(schema.model_fields) if schema else []
+        return did_you_mean(str(place[-1]), known, section) or f"; known are {', '.join(known)}"
+    key, known = str(place[0]), list(Recipe.model_fields)
+    inside = [name for name, schema in _SECTIONS.items() if key in schema.model_fields]
+    if inside:  # a key without its section
+        return f"; did you mean {' or '.join(repr(f'{name}.{key}') for name in inside)}?"
+    if similar := did_you_mean(key, known):
+        return similar
+    sections = {name: section for section, schema in _SECTIONS.items() for name in schema.model_fields}
+    for name in difflib.get_close_matches(key.lower(), sections, n=1, cutoff=0.8):
+        return f"; did you mean '{sections[name]}.{name}'?"
+    return f"; known are {', '.join(known)}"

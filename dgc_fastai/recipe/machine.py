@@ -1,7 +1,8 @@
-"""Does this machine have what a recipe needs? Asked before torch is imported or a byte of data is read."""
+"""Whether this machine has what a recipe needs. Checked before torch is imported and before data are read."""
 
 import ctypes
 import importlib.util
+import mimetypes
 import os
 import platform
 import shutil
@@ -19,7 +20,7 @@ FETCH = {
     "fashion_mnist": "install Debian's package dataset-fashion-mnist, or fetch it with "
     "torchvision.datasets.FashionMNIST(FOLDER, download=True) and set data.path to FOLDER",
 }
-# What CIFAR's two archives unpack to, in both of their formats.
+# The folders in CIFAR's archives, in both formats.
 CIFAR_FOLDERS = {
     "cifar10": ("cifar-10-batches-py", "cifar-10-batches-bin"),
     "cifar100": ("cifar-100-python", "cifar-100-binary"),
@@ -27,25 +28,25 @@ CIFAR_FOLDERS = {
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Check a recipe's data folder, output folder, device and compiler, writing nothing.
+    """Check a recipe's data folder, output folder, processes, device, compiler and loggers. Writes nothing.
 
     Raises:
-        RecipeError: the first thing that is missing, with the recipe's key and the remedy.
+        RecipeError: the first thing that is missing, with the recipe's key and what to do.
     """
     check_data(recipe.data)
     check_output(recipe.runs)
-    check_processes(recipe)
+    check_distributed(recipe)
     check_device(recipe)
     check_compiler(recipe.train.compile, "train.compile")
     check_loggers(recipe.log.loggers)
 
 
 def check_data(data: Data) -> None:
-    """See that the folder has the layout of the data it is named for."""
+    """Check that the folder has the layout of the data set."""
     if data.name == "digits":
         return
     if not data.folder.is_dir():
-        hint = FETCH.get(data.name, f"set data.path to where {data.name} lies")
+        hint = FETCH.get(data.name, f"set data.path to the folder of {data.name}")
         raise RecipeError(f"data.path: there is no folder {data.folder}; {hint}")
     if data.name in CIFAR_FOLDERS:
         cifar_folder(data)
@@ -54,7 +55,7 @@ def check_data(data: Data) -> None:
     else:
         parts = [(part, image_classes(part)) for part in folder_parts(data) if part]
         if data.valid_share and len(parts) == 2:
-            raise RecipeError(f"data.valid_share: {parts[1][0]} is there to validate with; leave valid_share out")
+            raise RecipeError(f"data.valid_share: {parts[1][0]} holds the validation images; leave valid_share out")
         (train, classes), (valid, others) = parts[0], parts[-1]
         if classes != others:
             odd = ", ".join(sorted(set(classes) ^ set(others))[:3])
@@ -62,8 +63,10 @@ def check_data(data: Data) -> None:
 
 
 def idx_files(data: Data) -> list[tuple[Path, Path]]:
-    """Fashion-MNIST's images and labels, for training and for test, packed or not, in `data.path` or where
-    torchvision puts them below it."""
+    """Fashion-MNIST's images and labels, for training and for test: in `data.path`, or below it as torchvision does.
+
+    The files may be gzipped.
+    """
     for folder in (data.folder, data.folder / "FashionMNIST" / "raw"):
         found = [
             next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
@@ -72,11 +75,12 @@ def idx_files(data: Data) -> list[tuple[Path, Path]]:
         ]
         if all(found):
             return [(found[0], found[1]), (found[2], found[3])]
-    raise RecipeError(f"data.path: {data.folder} holds no train-images-idx3-ubyte and its like; {FETCH[data.name]}")
+    missing = "train-images-idx3-ubyte and the other three files"
+    raise RecipeError(f"data.path: {data.folder} has no {missing}; {FETCH[data.name]}")
 
 
 def folder_parts(data: Data) -> tuple[Path, Optional[Path]]:
-    """The folders of the training and of the validation images; the latter None where some are to be held out."""
+    """The folders of the training and the validation images. The second is None if a share is to be held out."""
     train = data.folder / "train"
     if data.name == "imagenet":
         return train, data.folder / "val"
@@ -87,43 +91,60 @@ def folder_parts(data: Data) -> tuple[Path, Optional[Path]]:
 
 
 def cifar_folder(data: Data) -> Path:
-    """The folder of CIFAR's files, below `data.path` or `data.path` itself."""
+    """The folder of CIFAR's files: below `data.path`, or `data.path` itself."""
     names = CIFAR_FOLDERS[data.name]
     candidates = [data.folder / name for name in names] + [data.folder] * (data.folder.name in names)
     for folder in candidates:
         if folder.is_dir():
             return folder
     raise RecipeError(
-        f"data.path: {data.folder} holds no {names[0]}; unpack {data.name}'s archive there, or fetch it with "
+        f"data.path: {data.folder} has no {names[0]}; unpack {data.name}'s archive there, or fetch it with "
         f"torchvision.datasets.{data.name.upper()}({str(data.folder)!r}, download=True)"
     )
 
 
 def image_classes(folder: Path) -> list[str]:
-    """The names of a folder's subfolders, sorted: one a class."""
+    """The names of the class folders, sorted.
+
+    Raises:
+        RecipeError: the folder cannot be read, or has fewer than two class folders.
+    """
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+        entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+        names = sorted(entry.name for entry in entries if entry.is_dir())
     except OSError as error:
         hint = "there must be a folder of images for each class, below train/ and val/"
         raise RecipeError(f"data.path: cannot read {folder}: {error.strerror}; {hint}") from None
     if len(names) < 2:
-        raise RecipeError(f"data.path: {folder} holds {len(names)} class folders; it needs one for each class")
+        pictures = sorted(entry.name for entry in entries if _is_picture(entry.name) and entry.is_file())
+        found = f"{len(names)} class folder{'' if len(names) == 1 else 's'}"
+        if pictures:
+            found += f" and {len(pictures)} picture{'' if len(pictures) == 1 else 's'} outside of them"
+        example = pictures[0] if pictures else "1.jpg"
+        raise RecipeError(
+            f"data.path: {folder} has {found}; put the pictures into one folder for each class, such as "
+            f"{folder / 'cat' / example} and {folder / 'dog' / '2.jpg'}"
+        )
     return names
 
 
+def _is_picture(name: str) -> bool:
+    return (mimetypes.guess_type(name)[0] or "").startswith("image/")
+
+
 def check_output(folder: Path) -> None:
-    """See that run folders can be made, without making any."""
+    """Check that run folders can be created, without creating one."""
     place = folder.absolute()
     while not place.exists() and not place.is_symlink():
         place = place.parent
     if not place.is_dir():
-        raise RecipeError(f"output: {place} is not a folder; set output to one that run folders can go below")
+        raise RecipeError(f"output: {place} is not a folder; set output to a folder for the runs")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise RecipeError(f"output: {place} is not writable; set output to a folder of yours")
+        raise RecipeError(f"output: {place} is not writable; set output to a folder that is")
 
 
 def check_device(recipe: Recipe) -> None:
-    """See that the device is there, and that it can do the precision."""
+    """Check that the device is there and supports the precision."""
     kind, _, number = recipe.device.partition(":")
     found = cuda_devices() if kind in ("auto", "cuda") else 0
     if kind == "cuda" and not found:
@@ -131,18 +152,18 @@ def check_device(recipe: Recipe) -> None:
     if kind == "cuda" and int(number or 0) >= found:
         raise RecipeError(f"device: {recipe.device}, but there are {found} GPUs, counted from 0")
     if found and launch.local_rank() >= found:
-        raise RecipeError(f"device: {recipe.device}, but more processes than the {found} GPUs here; start one for each")
+        raise RecipeError(f"device: {recipe.device}, but {found} GPUs for more processes; start one process per GPU")
     if kind == "mps" and (platform.system(), platform.machine()) != ("Darwin", "arm64"):
-        raise RecipeError("device: mps, but this is no Mac with Apple silicon; use device=cpu")
+        raise RecipeError("device: mps, but this is not a Mac with Apple silicon; use device=cpu")
     if recipe.train.precision == "fp16" and not found:
         raise RecipeError("train.precision: fp16 needs a CUDA device; use bf16 or float32 here")
     if recipe.train.precision == "bf16" and kind == "mps":
         raise RecipeError("train.precision: bf16 needs a CUDA device or a CPU; use float32 here")
 
 
-def check_processes(recipe: Recipe) -> None:
-    """See that the processes that torchrun or accelerate has started can share the recipe's work."""
-    count, owner = launch.world_size(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+def check_distributed(recipe: Recipe) -> None:
+    """Check that the recipe suits the processes that torchrun or accelerate started."""
+    count, precision = launch.world_size(), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if recipe.data.batch_size % count:
         raise RecipeError(
             f"data.batch_size: {recipe.data.batch_size} images cannot be divided evenly among {count} processes; "
@@ -157,30 +178,32 @@ def check_processes(recipe: Recipe) -> None:
             )
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if compiler.upper() != "NO":
-        raise RecipeError(f"train.compile: accelerate is told to compile with {compiler}; say it in the recipe alone")
-    if owner not in ("no", recipe.train.precision):
         raise RecipeError(
-            f"train.precision: {recipe.train.precision}, but accelerate is told mixed precision {owner}; "
-            f"say it in the recipe alone"
+            f"train.compile: accelerate is configured to compile with {compiler}; set it in the recipe only"
+        )
+    if precision not in ("no", recipe.train.precision):
+        raise RecipeError(
+            f"train.precision: {recipe.train.precision}, but accelerate is configured for mixed precision {precision}; "
+            f"set it in the recipe only"
         )
 
 
 def check_compiler(wanted: bool, name: str) -> None:
-    """See that torch.compile, if wanted by an option of that name, has the compiler that it builds kernels with."""
+    """Check for the C++ compiler that torch.compile needs, if it is wanted by the option `name`."""
     compiler = os.environ.get("CXX") or {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
     if wanted and shutil.which(compiler) is None:
         raise RecipeError(f"{name}: torch.compile needs a C++ compiler, and there is no {compiler}; install one")
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """See that each is installed, without importing any."""
+    """Check that each logger is installed, without importing it."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(f"log.loggers: {name} is not installed; try pip install {name}")
 
 
 def cuda_devices() -> int:
-    """The number of CUDA devices the driver shows, by asking the driver itself."""
+    """Number of CUDA devices, asked from the driver itself."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
         count = ctypes.c_int(0)

@@ -1,7 +1,4 @@
-"""What a recipe may say. Nothing else parses or validates one.
-
-Imports neither torch nor fastai, so that a mistake is answered at once.
-"""
+"""The sections of a recipe and their keys. Imports no torch, so that errors are reported at once."""
 
 import re
 from pathlib import Path
@@ -18,16 +15,16 @@ __all__ = ["Recipe"]
 
 GATES = {"heads", "squeeze_rate", "gate_factor"}
 DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3", "stem_stride", "memory_efficient"}
-# Every network by name, with the keywords that are its own.
+# Every network by name, with the keywords it takes.
 ARCHITECTURES = {
-    name + twin: keywords
+    name + baseline: keywords
     for names, keywords in (
         (("dgc_densenet22", "dgc_densenet86", "dgc_condensenet74"), DENSENET),
         (("dgc_resnet18", "dgc_resnet34", "dgc_resnet50"), GATES | {"memory_efficient"}),
         (("dgc_mobilenetv2_100",), GATES),
     )
     for name in names
-    for twin in ("", "_dense", "_sgc")
+    for baseline in ("", "_dense", "_sgc")
 }
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -41,7 +38,7 @@ STATISTICS = {
     "folder": IMAGENET,
 }
 
-# The limits are far beyond use: they are there so that a slip of the finger does not fill the memory.
+# The limits are far beyond any use. They keep a typing error from filling the memory.
 Count = Annotated[int, Field(ge=1, le=100_000)]
 Width = Annotated[int, Field(ge=1, le=4096)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -72,7 +69,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The network and its keywords; one left out keeps the network's own default."""
+    """The network and its keywords. A keyword that is left out keeps the network's default."""
 
     arch: Annotated[str, AfterValidator(_known_architecture)]
     heads: Optional[Width] = None
@@ -94,12 +91,12 @@ class Model(Section):
         return self
 
     def keywords(self) -> dict[str, Any]:
-        """The arguments for `timm.create_model`, beside the name."""
+        """Keyword arguments for `timm.create_model`."""
         return self.model_dump(exclude={"arch"}, exclude_none=True)
 
 
 class Data(Section):
-    """The images. `size` is the side, in pixels, of what the network sees."""
+    """The images. `size` is the side of the network's input in pixels."""
 
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "imagenet", "folder"]
     path: Optional[Annotated[str, Field(min_length=1)]] = None
@@ -115,7 +112,7 @@ class Data(Section):
         if self.name == "digits" and self.path is not None:
             raise ValueError("digits come with scikit-learn: leave path out")
         if self.name not in ("digits", "fashion_mnist") and self.path is None:
-            raise ValueError(f"{self.name} needs path, the folder it lies in")
+            raise ValueError(f"{self.name} needs path, the folder of its images")
         if self.name != "folder" and self.valid_share is not None:
             raise ValueError(f"{self.name} has validation images of its own: leave valid_share out")
         if len(set(self.augment)) < len(self.augment):
@@ -124,15 +121,15 @@ class Data(Section):
 
     @property
     def folder(self) -> Path:
-        """Where the images lie, `~` expanded."""
-        default = "/usr/share/datasets/fashion-mnist" if self.name == "fashion_mnist" else "."  # Debian's package
+        """The folder of the images, `~` expanded."""
+        default = "/usr/share/datasets/fashion-mnist" if self.name == "fashion_mnist" else "."  # of Debian's package
         return Path(self.path or default).expanduser()
 
     @property
     def image_size(self) -> int:
-        """`size`, or what is customary for this data."""
-        customary = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
-        return self.size or customary.get(self.name, 224)
+        """Side of the network's input in pixels: `size`, or the usual one for this data."""
+        usual = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "cifar100": 32}
+        return self.size or usual.get(self.name, 224)
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -151,16 +148,17 @@ class Data(Section):
 
     @property
     def held_out(self) -> float:
-        """The share of a folder's images to validate with, where it has none for that."""
+        """Share of a folder's images to hold out for validation, if it has no validation folder."""
         return self.valid_share or 0.2
 
 
 class Train(Section):
-    """How long and how. `lasso_weight` scales the gate penalty (lambda in the paper).
+    """The training.
 
-    `warmup` is in epochs, `clip` the largest norm of the gradient, `accumulate` batches to a step, `ema` the decay of
-    the averaged weights, `mixup` and `cutmix` the alpha of their beta distributions. `nonfinite` is what to do at a
-    loss that is infinite or no number: stop, or leave that batch out. `compile` is torch.compile.
+    `lasso_weight` is the weight of the gate penalty (lambda in the paper). `warmup` is in epochs, `clip` the maximum
+    norm of the gradient, `accumulate` the batches per step, `ema` the decay of the averaged weights; `mixup` and
+    `cutmix` are the alpha of their beta distributions. `nonfinite` says what to do if a loss is NaN or Inf: stop, or
+    skip the batch. `compile` is torch.compile.
     """
 
     epochs: Count
@@ -194,9 +192,9 @@ class Train(Section):
 
 
 class Log(Section):
-    """What is told and kept, beside history, curves, last and best weights.
+    """What is printed and kept, besides the history, the curves and the last and best weights.
 
-    `print_every` is in batches, where there is no live bar; `keep_every` in epochs.
+    `print_every` is in batches, for output without a progress bar; `keep_every` in epochs.
     """
 
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
@@ -205,7 +203,7 @@ class Log(Section):
 
 
 class Recipe(Section):
-    """One experiment: a network, its data, its training, where it runs and where its run folders go."""
+    """One experiment: a network, its data, its training, the device, and the folder for its runs."""
 
     name: Annotated[str, AfterValidator(_plain_name)]
     model: Model
@@ -217,9 +215,9 @@ class Recipe(Section):
 
     @property
     def runs(self) -> Path:
-        """The folder that run folders go below, `~` expanded."""
+        """The folder for the run folders, `~` expanded."""
         return Path(self.output).expanduser()
 
     def to_yaml(self) -> str:
-        """The whole recipe, defaults written out; loading it gives an equal recipe."""
+        """The whole recipe with every default. Loading it gives an equal recipe."""
         return yaml.dump(self.model_dump(exclude_none=True), Dumper=Dumper, sort_keys=False)

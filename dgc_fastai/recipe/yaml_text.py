@@ -10,13 +10,13 @@ from ..utils.errors import RecipeError
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML where 1e-4 is a number, as in YAML 1.2, and a key that stands twice is a mistake."""
+    """Safe YAML where 1e-4 is a number, as in YAML 1.2, and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} appears twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -27,13 +27,18 @@ Loader.add_implicit_resolver(
 
 
 class Dumper(yaml.SafeDumper):
-    """A key a line, a list in one."""
+    """One key per line, and lists on one line."""
 
     def represent_sequence(self, tag: str, sequence: Iterable, flow_style: Optional[bool] = None) -> yaml.Node:
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, Optional[yaml.Node]]:
+    """Parse YAML text into its value and its node, which has the line numbers.
+
+    Raises:
+        RecipeError: the text is not valid YAML.
+    """
     loader = None
     try:
         loader = Loader(text)

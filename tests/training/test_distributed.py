@@ -218,10 +218,10 @@ def test_a_dead_process_ends_all_with_one_message(tmp_path):
     [
         (["data.batch_size=63"], {}, "63 images cannot be divided evenly among 2 processes"),
         (["device=cuda:1"], {}, "is one device, for 2 processes"),
-        (["train.precision=bf16"], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "accelerate is told mixed precision fp16"),
-        (["train.precision=float32"], {"ACCELERATE_MIXED_PRECISION": "bf16"}, "say it in the recipe alone"),
+        (["train.precision=bf16"], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "accelerate is configured for mixed precision fp16"),
+        (["train.precision=float32"], {"ACCELERATE_MIXED_PRECISION": "bf16"}, "set it in the recipe only"),
         ([], {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP"),
-        ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate is told to compile with INDUCTOR"),
+        ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate is configured to compile with INDUCTOR"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(monkeypatch, capsys, arguments, environment, answer):

@@ -1,0 +1,103 @@
+"""Commands that train: train, which is also the default, and sweep."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ..utils.errors import UserError
+from ..utils.invocation import program
+from .app import TRAIN, Overrides, RecipeFile, app, console, load, results
+
+# Words that other programs use for what is called otherwise here.
+OTHER_WORDS = {
+    "bench": "benchmark",
+    "classify": "predict",
+    "cp": "copy",
+    "diff": "compare",
+    "eval": "evaluate",
+    "help": "--help",
+    "infer": "predict",
+    "ls": "list",
+    "recipes": "list",
+    "run": "train",
+    "test": "evaluate",
+    "val": "evaluate",
+    "validate": "check",
+    "version": "--version",
+}
+
+
+@app.command(
+    group=TRAIN,
+    help_epilogue=f"""\
+Examples:
+  {program()} train quickstart
+  {program()} train quickstart train.epochs=30 model.gate_factor=0.5
+  {program()} train pets.yaml --resume""",
+)
+def train(
+    recipe: RecipeFile,
+    /,
+    *overrides: Overrides,
+    resume: Annotated[bool, Parameter(help="Continue the newest interrupted run of this recipe, if any.")] = False,
+) -> None:
+    """Train RECIPE into a new run folder."""
+    _refuse_words(recipe)
+    plan = load(recipe, overrides)
+    from ..recipe.machine import check_machine
+
+    check_machine(plan)
+    with console.status("Starting torch and fastai, reading the data"):
+        from ..training.distributed import leave
+        from ..training.run import TrainingRun
+        from ..training.run_folder import run_to_go_on_with
+        from .tables import show_cost, show_recipe, show_result
+
+        run = TrainingRun(plan)
+        run.learner  # noqa: B018  (reads the data)
+    show_recipe(console, plan)
+    show_cost(console, run.cost)
+    folder, found = run_to_go_on_with(plan, resume)
+    if found:
+        console.print(found, soft_wrap=True, highlight=False, markup=False)
+    folder = run.fit(console, folder)
+    leave()
+    show_result(results, folder)
+
+
+@app.command(
+    group=TRAIN,
+    help_epilogue=f"Example:\n  {program()} sweep quickstart model.gate_factor=0.25,0.5,1 train.seed=0,1",
+)
+def sweep(recipe: RecipeFile, /, *overrides: Overrides) -> None:
+    """Train RECIPE with every combination of several values."""
+    load(recipe, ())
+    with console.status("Starting torch and fastai, checking every combination"):
+        from ..analysis.compare import show_comparison
+        from ..training.sweep import plan_sweep
+        from ..training.sweep import sweep as run_all
+
+        folder, plans = plan_sweep(recipe, overrides)
+    show_comparison(results, run_all(folder, plans, console))
+    text = f"The runs, sweep.csv and sweep.png are in {folder}."
+    results.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _refuse_words(recipe: Path) -> None:
+    """Refuse a bare word that is neither a recipe nor a command, with the command that was probably meant.
+
+    Raises:
+        UserError: there is neither such a recipe nor such a command.
+    """
+    from ..recipe.catalogue import find_recipe, recipe_names
+
+    word = str(recipe)
+    if find_recipe(recipe).exists() or recipe.suffix or recipe.name != word:
+        return  # a path: what is wrong with it is for the reader of recipes to say
+    commands = [name for name in app if not name.startswith("-")]
+    nearest = difflib.get_close_matches(word.lower(), [*commands, *recipe_names()], n=1, cutoff=0.5)
+    meant = OTHER_WORDS.get(word.lower()) or (nearest[0] if nearest else "")
+    hint = f"did you mean `{program()} {meant}`?" if meant else f"see `{program()} --help` and `{program()} list`"
+    raise UserError(f"there is no command and no recipe {word!r}; {hint}")
