@@ -70,7 +70,7 @@ def _describe(path: Path) -> Description:
         content, _ = parse_yaml(text, str(path))
         data = str(content["data"]["name"])
     except (OSError, UnicodeDecodeError, RecipeError, KeyError, TypeError):
-        return Description(path, "not a recipe", "", "", "", "")
+        return Description(path, "", "not a recipe", "", "", "")
     header = "".join(line[1:] for line in text.splitlines(keepends=True) if line.startswith("#"))
     title, _, rest = header.partition("\n")
     # A field begins with a word in the first column. Its other lines are indented.

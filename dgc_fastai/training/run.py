@@ -31,6 +31,7 @@ from ..recipe.schema import Recipe
 from ..utils import launch
 from ..utils.errors import Interrupted, LostProcess, RecipeError, TrainingError, WriteError
 from ..utils.files import remove_partial, write_atomically
+from ..utils.invocation import program
 from .callbacks.progress import TrainingDisplay
 from .callbacks.run_files import RunFolder
 from .distributed import join, largest, lost_processes_named
@@ -110,7 +111,7 @@ class TrainingRun:
             record.rows += state["rows"]
         snapshots = Snapshots(folder / "state.pt", recipe.train.seed, record, state)
         callbacks, display = [snapshots], TrainingDisplay(console, record.rows, recipe.log.print_every)
-        resume = f"python app.py {folder / 'recipe.yaml'} --resume"
+        resume = f"{program()} {folder / 'recipe.yaml'} --resume"
         with _alone(folder) if launch.is_main_process() else nullcontext():
             if launch.is_main_process():
                 remove_partial(folder)

@@ -44,7 +44,7 @@ def test_every_recipe_is_good_and_says_what_it_is(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     header = path.read_text().split("\nname:")[0]
-    for part in ("Reproduces", "Needs", f"python app.py recipes/{path.name}"):
+    for part in ("Target", "GPU", "Time", "Needs", f"python app.py recipes/{path.name}"):
         assert part in header
     # The commands in the header hold, too.
     for overrides in re.findall(rf"^# (?:Override|Baseline) +python app.py recipes/{path.name} (.*)$", header, re.M):
@@ -52,16 +52,16 @@ def test_every_recipe_is_good_and_says_what_it_is(path):
 
 
 PUBLISHED = {
-    "imagenet_condensenet": ("dgc_condensenet74", 0.25, 120, 256, "imagenet", "25.4 %", "7.8 %"),
-    "imagenet_r18": ("dgc_resnet18", 0.45, 120, 256, "imagenet", "31.22 %", "11.38 %"),
-    "cifar10_densenet86": ("dgc_densenet86", 0.25, 300, 64, "cifar10", "4.77 %", ""),
-    "cifar100_densenet86": ("dgc_densenet86", 0.25, 300, 64, "cifar100", "23.41 %", ""),
+    "imagenet_condensenet": ("dgc_condensenet74", 0.25, 120, 256, "imagenet", "74.6 %", "92.2 %"),
+    "imagenet_r18": ("dgc_resnet18", 0.45, 120, 256, "imagenet", "68.78 %", "88.62 %"),
+    "cifar10_densenet86": ("dgc_densenet86", 0.25, 300, 64, "cifar10", "95.23 %", ""),
+    "cifar100_densenet86": ("dgc_densenet86", 0.25, 300, 64, "cifar100", "76.59 %", ""),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_experiments(name):
-    arch, gate_factor, epochs, batch, data, *errors = PUBLISHED[name]
+    arch, gate_factor, epochs, batch, data, *accuracies = PUBLISHED[name]
     path = ROOT / "recipes" / f"{name}.yaml"
     recipe = load_recipe(path)
     assert (recipe.model.arch, recipe.model.gate_factor, recipe.model.heads) == (arch, gate_factor, 4)
@@ -73,7 +73,7 @@ def test_published_experiments(name):
     )  # fmt: skip
     assert recipe.data.augment == ["crop_flip"]
     assert recipe.data.image_size == (224 if data == "imagenet" else 32)
-    assert all(error in path.read_text() for error in errors)
+    assert all(accuracy in path.read_text() for accuracy in accuracies)
 
 
 def test_the_networks_and_their_keywords_are_timm_s():
@@ -132,24 +132,32 @@ def test_overrides_take_yaml_values(recipe):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("train.epoch=3", "train.epoch: unknown key; did you mean 'epochs'?"),
-        ("modle.heads=4", "modle: unknown key; did you mean 'model'?"),
-        ("model.zzz=4", "model.zzz: unknown key; known are arch, heads,"),
-        ("train.epochs=many", 'train.epochs: input should be a valid integer, not "many"'),
-        ("train.epochs=1.5", "train.epochs: input should be a valid integer, not 1.5"),
-        ("train.epochs=true", "train.epochs: input should be a valid integer, not true"),
-        ("train.epochs='3'", "train.epochs: input should be a valid integer"),
-        ("train.epochs=0", "train.epochs: input should be greater than or equal to 1, not 0"),
-        ("train.epochs=null", "train.epochs: input should be a valid integer, not null"),
-        ("train.lr=.nan", "train.lr: input should be a finite number"),
-        ("train.lr=-1", "train.lr: input should be greater than 0, not -1"),
-        ("train.seed=99999999999999999999", "train.seed: input should be less than 4294967296"),
-        ("model.gate_factor=0", "model.gate_factor: input should be greater than 0, not 0"),
-        ("model.gate_factor=1.5", "model.gate_factor: input should be less than or equal to 1, not 1.5"),
-        ("model.heads=0", "model.heads: input should be greater than or equal to 1"),
-        ("model.arch=dgc_densenet68", "model.arch: no network 'dgc_densenet68'; did you mean 'dgc_densenet86'?"),
-        ("model.arch=dgc_resnet18", "dgc_resnet18 has no keyword growth, stages"),
-        ("model.growth=8", "model.growth: input should be a valid array, not 8"),
+        ("train.epoch=3", "train.epoch=3: unknown key; did you mean 'train.epochs'?"),
+        ("modle.heads=4", "modle.heads=4: modle: unknown key; did you mean 'model'?"),
+        ("heads=4", "heads=4: unknown key; did you mean 'model.heads'?"),
+        ("path=x", "path=x: unknown key; did you mean 'data.path'?"),
+        ("epoch=4", "epoch=4: unknown key; did you mean 'train.epochs'?"),
+        ("zzz=4", "zzz=4: unknown key; known are name, model,"),
+        ("model.gatefactor=0.3", "model.gatefactor=0.3: unknown key; did you mean 'model.gate_factor'?"),
+        ("model.zzz=4", "model.zzz=4: unknown key; known are arch, heads,"),
+        ("train.epochs=many", 'train.epochs=many: input should be a valid integer, not "many"'),
+        ("train.epochs=1.5", "train.epochs=1.5: input should be a valid integer, not 1.5"),
+        ("train.epochs=true", "train.epochs=true: input should be a valid integer, not true"),
+        ("train.epochs='3'", "train.epochs='3': input should be a valid integer"),
+        ("train.epochs=0", "train.epochs=0: input should be greater than or equal to 1, not 0"),
+        ("train.epochs=null", "train.epochs=null: input should be a valid integer, not null"),
+        ("train.lr=.nan", "train.lr=.nan: input should be a finite number"),
+        ("train.lr=-1", "train.lr=-1: input should be greater than 0, not -1"),
+        ("train.seed=99999999999999999999", "train.seed=99999999999999999999: input should be less than 4294967296"),
+        ("model.gate_factor=0", "model.gate_factor=0: input should be greater than 0, not 0"),
+        ("model.gate_factor=1.5", "model.gate_factor=1.5: input should be less than or equal to 1, not 1.5"),
+        ("model.heads=0", "model.heads=0: input should be greater than or equal to 1"),
+        (
+            "model.arch=dgc_densenet68",
+            "model.arch=dgc_densenet68: no network 'dgc_densenet68'; did you mean 'dgc_densenet86'?",
+        ),
+        ("model.arch=dgc_resnet18", "model.arch=dgc_resnet18: model: dgc_resnet18 has no keyword growth, stages"),
+        ("model.growth=8", "model.growth=8: input should be a list, not 8"),
         ("data.name=mnist", "'cifar100', 'imagenet' or 'folder', not \"mnist\""),
         ("data.name=imagenet", "imagenet needs path"),
         ("data.path=/tmp", "leave path out"),
@@ -158,14 +166,14 @@ def test_overrides_take_yaml_values(recipe):
         ("data.augment=[crop]", "data.augment.0: input should be 'crop_flip', 'rand_augment'"),
         ("data.augment=[crop_flip, crop_flip]", "augment names something twice"),
         ("train.warmup=1", "warmup takes 1 of 1 epochs"),
-        ("train.LR=1", "train.LR: unknown key; did you mean 'lr'?"),
-        ("train.optimizer=a b", "train.optimizer: use letters, digits"),
+        ("train.LR=1", "train.LR=1: unknown key; did you mean 'train.lr'?"),
+        ("train.optimizer=a b", "train.optimizer=a b: use letters, digits"),
         ("log.loggers=[tensorbord]", "log.loggers.0: input should be 'tensorboard', 'wandb' or 'trackio'"),
-        ("log.keep=2", "log.keep: unknown key; did you mean 'keep_every'?"),
-        ("name=a/b", "name: use letters, digits"),
-        ("device=tpu", "device: no such device: 'tpu'"),
-        ("train=3", "train: input should be an object"),
-        ("train.epochs.x=3", "epochs is no section"),
+        ("log.keep=2", "log.keep=2: unknown key; did you mean 'log.keep_every'?"),
+        ("name=a/b", "name=a/b: use letters, digits"),
+        ("device=tpu", "device=tpu: no such device: 'tpu'"),
+        ("train=3", "train=3: input should be a section of keys and values"),
+        ("train.epochs.x=3", "epochs is not a section"),
         ("train.epochs", "an override reads section.key=value"),
         ("=3", "an override reads section.key=value"),
         ("train.lr=[", "not valid YAML"),
@@ -179,7 +187,7 @@ def test_a_mistake_in_an_override_names_it(recipe, override, message):
 
 def test_a_mistake_in_a_file_names_its_line(recipe):
     recipe.write_text(GOOD.replace("  lr: 1e-2", "  lrr: 1e-2"))
-    assert refusal(recipe) == f"{recipe}:6: train.lrr: unknown key; did you mean 'lr'?"
+    assert refusal(recipe) == f"{recipe}:6: train.lrr: unknown key; did you mean 'train.lr'?"
     recipe.write_text(GOOD.replace("epochs: 1", "epochs: one"))
     assert refusal(recipe).startswith(f"{recipe}:5: train.epochs: ")
     recipe.write_text(GOOD.replace("  epochs: 1\n", ""))
@@ -192,7 +200,7 @@ def test_a_mistake_in_a_file_names_its_line(recipe):
         ("", "a recipe is a mapping"),
         ("- a\n- b", "a recipe is a mapping"),
         ("name: x", "model: is missing"),
-        ("name: x\nname: y", ":2: not valid YAML: 'name' stands twice"),
+        ("name: x\nname: y", ":2: not valid YAML: 'name' appears twice"),
         ("name: [x", "not valid YAML"),
         ("\tname: x", "not valid YAML"),
         ("name: \x00", "not valid YAML"),
@@ -234,11 +242,28 @@ def test_the_check_of_the_machine_finds_what_is_missing_and_writes_nothing(recip
     for folder in ("i/train/a", "i/train/b", "i/val/a"):
         (tmp_path / folder).mkdir(parents=True)
     imagenet = "data.name=imagenet", "data.path=i"
-    assert "i/val holds 1 class folders" in machine_refusal(recipe, *imagenet)
+    assert (
+        "i/val has 1 class folder; put the pictures into one folder for each class, such as i/val/cat/1.jpg"
+        in machine_refusal(recipe, *imagenet)
+    )
     (tmp_path / "i/val/c").mkdir()
     assert "differ in their classes: b, c" in machine_refusal(recipe, *imagenet)
     assert "good.yaml is not a folder" in machine_refusal(recipe, "output=good.yaml/runs")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good.yaml", "i"]
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_pictures_outside_of_class_folders_are_mentioned(recipe, tmp_path, monkeypatch, classes):
+    monkeypatch.chdir(tmp_path)
+    for name in ["pets/b.png", "pets/a.JPG", "pets/notes.txt", "pets/.hidden.png"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for number in range(classes):
+        (tmp_path / f"pets/class{number}").mkdir()
+    assert machine_refusal(recipe, "data.name=folder", "data.path=pets") == (
+        f"data.path: pets has {classes} class folder{'' if classes else 's'} and 2 pictures outside of them; put the "
+        "pictures into one folder for each class, such as pets/cat/a.JPG and pets/dog/2.jpg"
+    )
 
 
 def test_the_check_of_the_machine_asks_the_driver_for_devices(recipe, monkeypatch):
@@ -265,6 +290,18 @@ def test_the_check_of_the_machine_asks_for_loggers_without_importing_them(recipe
     check_machine(load_recipe(recipe, ["log.loggers=[trackio, tensorboard]"]))
     answer = machine_refusal(recipe, "log.loggers=[trackio, wandb]")
     assert answer == "log.loggers: wandb is not installed; try pip install wandb"
+
+
+def test_the_recipe_of_a_run_folder_is_suggested(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    assert refusal(tmp_path).endswith(f"; did you mean the recipe of this run, '{tmp_path / 'recipe.yaml'}'?")
+
+
+def test_a_recipe_that_comes_with_the_package_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quickstart") == load_recipe("quickstart.yaml") == load_recipe(ROOT / "recipes/quickstart.yaml")
+    assert "did you mean 'quickstart'?" in refusal("quikstart")
+    assert "cannot read the recipe: No such file" in refusal("nowhere/quickstart")
 
 
 def test_recipes_are_read_without_torch():

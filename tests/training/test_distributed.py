@@ -260,5 +260,5 @@ def test_a_dead_reader_of_images_is_one_line(tmp_path, monkeypatch):
     write_imagenet(tmp_path / "data")
     data = "data.name=imagenet", f"data.path={tmp_path / 'data'}", "data.size=32", "data.batch_size=4", "data.workers=1"
     recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [*TINY, *data, f"output={tmp_path / 'runs'}"])
-    with pytest.raises(LostProcess, match="a process that reads images has died.*to go on: python app.py .*--resume"):
+    with pytest.raises(LostProcess, match="a process that reads images has died.*to go on: dgc .*--resume"):
         TrainingRun(recipe).fit(silent())

@@ -87,7 +87,7 @@ def test_a_disk_full_at_any_file_costs_nothing(tmp_path):
         remedy = "free some space" if code in (errno.ENOSPC, errno.EDQUOT) else "check that it is there and writable"
         assert str(error.value) == (
             f"cannot write {folder / name}: {os.strerror(code)}; {remedy}, then go on: "
-            f"python app.py {folder / 'recipe.yaml'} --resume"
+            f"dgc {folder / 'recipe.yaml'} --resume"
         )
         assert found == [folder, content(folder)] and not list(folder.glob(".*"))
         whole_files(folder)
@@ -105,7 +105,7 @@ def test_a_full_disk_under_the_terminal_s_text_too(tmp_path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(text)
 
-    with pytest.raises(WriteError, match=r"No space left on device; mend that, then go on: python app.py .* --resume$"):
+    with pytest.raises(WriteError, match=r"No space left on device; mend that, then go on: dgc .* --resume$"):
         TrainingRun(recipe).fit(Console(file=Full()))
     assert same_run(whole, start([f"output={tmp_path}/parts"], resume=True)[0])
 
@@ -126,7 +126,7 @@ def test_a_full_disk_under_tensorboard_too(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module.RecordWriter, "write", full)
         with pytest.raises(
-            WriteError, match="No space left on device; mend that, then go on: python app.py .* --resume$"
+            WriteError, match="No space left on device; mend that, then go on: dgc .* --resume$"
         ):
             start(logged)
     whole_files(only(tmp_path / "parts"))
