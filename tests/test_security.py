@@ -87,7 +87,7 @@ def test_yaml_executes_nothing(app, tmp_path, value):  # noqa: F811
         answer = app(*arguments, expect=2)
         assert "could not determine a constructor for the tag" in answer and answer.count("\n") == 1, answer
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"classes": '["a"]', "recipe": f"name: {value}"})
-    answer = app("predict", tmp_path / "x.safetensors", "image.png", expect=2)
+    answer = app("predict", tmp_path / "x.safetensors", QUICKSTART, expect=2)
     assert "x.safetensors:1: not valid YAML: could not determine" in answer and answer.count("\n") == 1, answer
     assert not (tmp_path / "was_run").exists() and "antigravity" not in sys.modules
 

@@ -175,7 +175,7 @@ def together(learn: Learner) -> Iterator[None]:
         loader.shard(launch.rank(), launch.world_size())
         version, numbers, gauss = json.loads(from_first(json.dumps(loader.rng.getstate()).encode()))
         loader.rng.setstate((version, tuple(numbers), gauss))  # one order of the images in all
-    if not launch.is_main_process():  # what is drawn for a whole batch at once; network and order are the same everywhere
+    if not launch.is_main_process():  # what is drawn for a whole batch; network and order are the same everywhere
         set_seed(random.getrandbits(31) + launch.rank())
     # Neither concerns a user: an argument's other name in newer versions of PyTorch, and strides of axes of length one.
     for message in (".*`broadcast_buffers` is deprecated", "Grad strides do not match bucket view strides"):

@@ -218,7 +218,7 @@ def test_a_dead_process_ends_all_with_one_message(tmp_path):
     [
         (["data.batch_size=63"], {}, "63 images cannot be divided evenly among 2 processes"),
         (["device=cuda:1"], {}, "is one device, for 2 processes"),
-        (["train.precision=bf16"], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "accelerate is configured for mixed precision fp16"),
+        (["train.precision=bf16"], {"ACCELERATE_MIXED_PRECISION": "fp16"}, "configured for mixed precision fp16"),
         (["train.precision=float32"], {"ACCELERATE_MIXED_PRECISION": "bf16"}, "set it in the recipe only"),
         ([], {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP"),
         ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate is configured to compile with INDUCTOR"),

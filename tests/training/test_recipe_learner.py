@@ -15,7 +15,6 @@ from helpers.command_line import TINY
 from helpers.golden import equal_states
 
 
-
 def test_best_is_the_best_of_the_most_closed(tmp_path):
     recipe = load_recipe(QUICKSTART)
     record = RunFolder(tmp_path, recipe, list("0123456789"), network_cost(recipe.model, 10, (1, 8, 8)))
