@@ -50,7 +50,7 @@ def test_a_run_ends_with_what_it_reached(app, run):
     assert place == f"The run is in runs/{folder.name}."
     assert reached == (
         f"Best: top-1 {100 * float(best['top_1']):.2f} % in epoch {best['epoch']}, with 75 % of the channels inactive; "
-        "0.03 M MACs, 78 % of dense."
+        "0.02 M MACs, 70 % of dense."
     )
     assert weights == f"Its weights: runs/{folder.name}/best.safetensors"
     assert command == f"To classify images: python {ROOT / 'app.py'} predict runs/{folder.name} IMAGE ..."
