@@ -1,4 +1,4 @@
-"""Every option of the authors' command line does here what the README's table says it does."""
+"""Every option of the authors' command line does here what the table in docs/migrating.md says it does."""
 
 import csv
 import re
@@ -16,14 +16,14 @@ from helpers.datasets import write_cifar
 from helpers.golden import make_state
 from helpers.runs import StopAt, start
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "migrating.md").read_text()
 # As the authors' main.py lists them.
 OPTIONS = (
     "--data --datadir --savedir --model -j --epochs -b --lr --lr-type --group-lasso-lambda --momentum --weight-decay "
     "--seed --gpu --stages --squeeze-rate --heads --group-3x3 --gate-factor --growth --bottleneck --print-freq "
     "--save-freq --resume --evaluate"
 ).split()
-TABLE = dict(re.findall(r"^\| `(-\S+)` \| (.*?) \|", README, re.M))
+TABLE = dict(re.findall(r"^\| `(-\S+)` \| (.*?) \|", PAGE, re.M))
 SHORT = ["model.stages=[1,1]", "model.growth=[8,8]", "data.batch_size=300", "train.epochs=2", "train.optimizer=sgd"]
 
 
