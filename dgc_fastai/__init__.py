@@ -91,7 +91,7 @@ class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
             execute(module)
             importlib.import_module(f"{__name__}.models")
 
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -131,10 +131,13 @@ class CropsDL(FileDL):
     """
 
     def collate(self, items: Sequence[tuple[Tensor, Tensor]]):
-        images, labels = zip(*items)
-        images = [image.as_subclass(Tensor).permute(1, 2, 0) for image in images]  # their order in memory
+        images = [image.as_subclass(Tensor).permute(1, 2, 0) for image, _ in items]  # their order in memory
         crops = torch.cat([image.reshape(-1) for image in images])
-        return crops, TensorCategory(torch.stack(labels)), [tuple(image.shape) for image in images]
+        return (
+            crops,
+            TensorCategory(torch.stack([label for _, label in items])),
+            [tuple(image.shape) for image in images],
+        )
 
 
 class ResizeCrops(ItemTransform):
@@ -150,8 +153,8 @@ class ResizeCrops(ItemTransform):
         # As floats, because CUDA cannot resize bytes; converted all at once, because every call launches a kernel.
         parts = crops.float().split([math.prod(shape) for shape in shapes])
         images = [part.view(1, *shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes)]
-        images = torch.cat([F.interpolate(image, self.size, mode="bilinear", antialias=True) for image in images])
-        return TensorImage(images.round().clamp(0, 255).byte()), labels
+        resized = torch.cat([F.interpolate(image, self.size, mode="bilinear", antialias=True) for image in images])
+        return TensorImage(resized.round().clamp(0, 255).byte()), labels
 
 
 class Unreadable(ItemTransform):
@@ -163,7 +166,8 @@ class Unreadable(ItemTransform):
     order = -100
 
     def __init__(self, skip: bool):
-        self.skip, self.known = skip, set()
+        self.skip = skip
+        self.known: set[str] = set()
 
     def encodes(self, batch):
         *batch, unreadable = batch

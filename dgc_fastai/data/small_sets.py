@@ -85,12 +85,13 @@ def _read(path: Path, read):
 
 def _fashion_mnist(data: Data) -> tuple[Split, Split]:
     splits = []
-    for images, labels in idx_files(data):
-        images, labels = _idx_file(images, axes=3), _idx_file(labels, axes=1)
+    for images_path, labels_path in idx_files(data):
+        images, labels = _idx_file(images_path, axes=3), _idx_file(labels_path, axes=1)
         if len(images) != len(labels) or not len(labels):
             raise RecipeError(f"data.path: {data.folder}: {len(images)} images, but {len(labels)} labels")
         splits.append((images.unsqueeze(1), labels.long()))
-    return tuple(splits)
+    train, test = splits
+    return train, test
 
 
 def _idx_file(path: Path, axes: int) -> Tensor:
@@ -170,7 +171,8 @@ def _cifar(data: Data) -> tuple[Split, Split]:
     for files in splits:
         images, labels = zip(*(_cifar_file(folder / file, key) for file in files))
         loaded.append((torch.cat(images), torch.cat(labels)))
-    return tuple(loaded)
+    train, test = loaded
+    return train, test
 
 
 def _cifar_file(path: Path, key: str) -> tuple[Tensor, Tensor]:
@@ -190,8 +192,7 @@ def _cifar_file(path: Path, key: str) -> tuple[Tensor, Tensor]:
             raise RecipeError(f"data.path: {path} does not hold CIFAR's images and labels ({error})") from None
         if labels.shape != (len(images),):
             raise RecipeError(f"data.path: {path} does not hold CIFAR's images and labels")
-    images = torch.from_numpy(images.copy()).view(-1, 3, 32, 32)
-    return images, torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images.copy()).view(-1, 3, 32, 32), torch.from_numpy(labels.astype(np.int64))
 
 
 def _cifar_names(folder: Path) -> list[str]:

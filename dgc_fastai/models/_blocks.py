@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn as nn
@@ -39,6 +39,10 @@ def connect(conv: nn.Conv2d, connection: Connection, preact: bool = True, **gati
 
 class GatedModel(nn.Module):
     """Mixin of every family: what DGC adds to timm's interface of a model."""
+
+    if TYPE_CHECKING:  # TorchScript would compile these annotations
+        feature_info: list[dict[str, Any]]
+        forward_features: Callable[[torch.Tensor], torch.Tensor]
 
     @staticmethod
     def feature_cfg(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -97,5 +101,6 @@ class GatedModel(nn.Module):
             self.forward_features(noise.to(first.weight))
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
+            assert norm.num_batches_tracked is not None
             norm.num_batches_tracked.zero_()
         self.train(training)

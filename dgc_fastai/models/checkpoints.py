@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 # The authors' names -> ours. A name that matches no pattern is already ours.
-_RENAMES = [
+_RENAMES: list[tuple[str, Any]] = [
     (r"^module\.", ""),
     (r"^features\.init_conv\.", "stem."),
     (r"^features\.denseblock_(\d+)\.denselayer_(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.layers.{int(m[2]) - 1}."),
@@ -124,7 +124,7 @@ def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _can_copy(source: Tensor, target: Tensor) -> bool:
-    """Whether a tensor of a file can be copied into one of the model: float to float of any size, integer to integer."""
+    """Whether a tensor from a file fits one of the model: float to float of any size, integer to integer."""
     plain = source.layout == torch.strided and source.device.type == "cpu" and not source.is_quantized
     return plain and source.is_floating_point() == target.is_floating_point() and not source.is_complex()
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Union
+from typing import Any, ClassVar, Union
 
 import torch
 import torch.nn as nn
@@ -120,7 +120,8 @@ class _Counter:
         per_channel = output[0].numel() * module.kernel_size[0] * module.kernel_size[1]
         target = channels - num_inactive(channels, module.gate_factor, 1)
         now = channels - self.inactive[name]
-        self._add(name, module, output, *(kept * per_channel + gates for kept in (target, now)), channels * per_channel)
+        macs_target, macs_now = (kept * per_channel + gates for kept in (target, now))
+        self._add(name, module, output, macs_target, macs_now, channels * per_channel)
         # Pooling and the layer's own ReLU, if any, read the whole input. Each head has two ReLUs, a bias and a product
         # with the gates.
         hidden = module.gates.squeeze.shape[1]
@@ -141,11 +142,11 @@ class _Counter:
         self.operations += x[0].numel()
 
     def pool(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        window = module.kernel_size
+        window: Any = module.kernel_size
         area = window**2 if isinstance(window, int) else window[0] * window[1]
         self.operations += output[0].numel() * area
 
-    _counts = {
+    _counts: ClassVar[dict[Any, Callable[..., None]]] = {
         DynamicGroupConv2d: dgc,
         nn.Conv2d: conv,
         nn.Linear: linear,

@@ -5,8 +5,9 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, Optional, Union
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Optional, Union, cast
 
 import torch
 import torch.nn as nn
@@ -71,6 +72,15 @@ def frozen_norm_stats(module: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
+def _convolve_all(conv1: nn.Module, *features: Tensor) -> Tensor:
+    return conv1(torch.cat(features, dim=1))
+
+
+def _recompute_contexts(conv1: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of the forward pass and of its recomputation."""
+    return nullcontext(), frozen_norm_stats(conv1)
+
+
 class DenseStage(nn.Module):
     """Average pooling by two (`pool`), then dense layers."""
 
@@ -97,12 +107,13 @@ class DenseStage(nn.Module):
         arXiv:1707.06990)."""
         features = [x]
         for layer in self.layers:
+            assert isinstance(layer, DenseLayer)
             hidden = checkpoint(
-                lambda *parts, conv1=layer.conv1: conv1(torch.cat(parts, dim=1)),
+                partial(_convolve_all, layer.conv1),
                 *features,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=lambda conv1=layer.conv1: (nullcontext(), frozen_norm_stats(conv1)),
+                context_fn=partial(_recompute_contexts, layer.conv1),
             )
             features.append(layer.conv2(hidden))
         return torch.cat(features, dim=1)
@@ -159,13 +170,13 @@ class DGCDenseNet(GatedModel):
         self.num_classes = num_classes
         self.in_chans = in_chans
 
-        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
+        gating: dict[str, Any] = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
 
         def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
             if connection == "dgc":  # which has a norm and a ReLU of its own
                 return DynamicGroupConv2d(in_channels, out_channels, kernel_size=1, **gating)
             block = NormReluConv(in_channels, out_channels, kernel_size=1)
-            block.conv = connect(block.conv, connection, **gating)
+            block.conv = connect(cast(nn.Conv2d, block.conv), connection, **gating)
             return block
 
         grouped = (
@@ -187,8 +198,8 @@ class DGCDenseNet(GatedModel):
             self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f"stages.{index}"))
 
         self.num_features = channels
-        self.norm = nn.BatchNorm2d(channels)
-        self.act = nn.ReLU(inplace=True)
+        self.norm: nn.Module = nn.BatchNorm2d(channels)
+        self.act: nn.Module = nn.ReLU(inplace=True)
         self.head_drop = nn.Dropout(drop_rate)
         self._set_classifier(num_classes, global_pool)
         self.init_weights()
@@ -217,6 +228,7 @@ class DGCDenseNet(GatedModel):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for stage in self.stages:
+            assert isinstance(stage, DenseStage)
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -294,7 +306,7 @@ class DGCDenseNet(GatedModel):
         return self.forward_head(self.forward_features(x))
 
 
-def _cifar_cfg(**kwargs) -> dict:
+def _cifar_cfg(**kwargs) -> dict[str, Any]:
     # CIFAR-10's statistics, rounded as in the authors' code.
     mean, std = (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)
     cfg = dict(num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, mean=mean, std=std)
@@ -303,8 +315,10 @@ def _cifar_cfg(**kwargs) -> dict:
 
 _HEAD = dict(first_conv="stem", classifier="classifier")
 default_cfgs = generate_default_cfgs(
-    {name: _cifar_cfg(**_HEAD) for name in with_baselines("dgc_densenet22", "dgc_densenet86")}
-    | {name: imagenet_cfg(pool_size=(7, 7), **_HEAD) for name in with_baselines("dgc_condensenet74")}
+    {
+        **{name: _cifar_cfg(**_HEAD) for name in with_baselines("dgc_densenet22", "dgc_densenet86")},
+        **{name: imagenet_cfg(pool_size=(7, 7), **_HEAD) for name in with_baselines("dgc_condensenet74")},
+    }
 )
 
 

@@ -40,7 +40,7 @@ class DGCResNet(GatedModel, ResNet):
         **kwargs,
     ):
         # The authors' network, like torchvision's, does not start residual branches at zero.
-        super().__init__(*args, zero_init_last=False, **kwargs)
+        super().__init__(*args, zero_init_last=False, **kwargs)  # type: ignore[misc]
         gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
         self.connect_convolutions(lambda name, conv: name.startswith("layer"), connection, **gating)
         if connection == "dgc":

@@ -29,7 +29,7 @@ Loader.add_implicit_resolver(
 class Dumper(yaml.SafeDumper):
     """One key per line, and lists on one line."""
 
-    def represent_sequence(self, tag: str, sequence: Iterable, flow_style: Optional[bool] = None) -> yaml.Node:
+    def represent_sequence(self, tag: str, sequence: Iterable, flow_style: Optional[bool] = None) -> yaml.SequenceNode:
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
