@@ -4,15 +4,13 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-import torch.fx
 import torch.nn as nn
-from timm.models.resnet import BasicBlock, Bottleneck
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.dynamic_group_conv import DynamicGroupConv2d
-from ..models.dgc_densenet import DenseStage
 from ..ops import folded_norm
-from ..ops.backends import cpu
+from ..ops.backends import cpu, per_sample
 from ..ops.dense import group_conv2d, pack_groups, stem
 from ..ops.layer import gated_layer, pack
 
@@ -48,8 +46,13 @@ class DeployedConv2d(nn.Module):
             self.register_buffer(name, self.weight.new_empty(0), persistent=False)
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        """With `residual` [B, O, H', W'], the ReLU of its sum with the result."""
+        """With `residual`, the ReLU of its sum with the result."""
+        if residual is not None and residual.shape != self._output_shape(x):
+            return F.relu(gated_layer(x, *self._arguments) + residual)  # they are broadcast
         return gated_layer(x, *self._arguments, residual)
+
+    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
+        return per_sample.output_shape(x.shape, self.weight.shape, self.stride, self.padding, self.dilation)
 
     def fold_norm(self, norm: nn.BatchNorm2d) -> None:
         """Take a batch norm that follows into the filters and the bias."""
@@ -134,74 +137,6 @@ class DeployedStem(DeployedGroupConv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias, _, *rest = self._arguments
         return stem(x, weight, bias, *rest)
-
-
-class DeployedBlock(nn.Module):
-    """What `deploy` makes of a ResNet's block that ends in a DGC layer: that layer adds what the shortcut brings."""
-
-    BRANCHES = {
-        BasicBlock: ("conv1", "bn1", "drop_block", "act1", "aa", "conv2"),
-        Bottleneck: ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3"),
-    }
-    REST = {BasicBlock: ("bn2", "act2"), Bottleneck: ("bn3", "act3")}
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        *self.branch, self.last = self.BRANCHES[type(block)]
-        for name in (*self.branch, self.last, "downsample"):
-            self.add_module(name, getattr(block, name))
-        self.branch = [name for name in self.branch if not is_plain(getattr(self, name), nn.Identity)]
-
-    @classmethod
-    def takes(cls, block: nn.Module) -> bool:
-        """Whether a block does nothing else once its norms are folded."""
-        if not is_plain(block, *cls.BRANCHES):
-            return False
-        last, (norm, act) = cls.BRANCHES[type(block)][-1], cls.REST[type(block)]
-        conv = getattr(block, last)
-        return (
-            is_plain(conv, DeployedConv2d)
-            and not conv.rectify
-            and is_plain(getattr(block, norm), nn.Identity)
-            and is_plain(getattr(block, act), nn.ReLU)
-            and block.se is None
-            and (block.drop_path is None or type(block.drop_path) is nn.Identity)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        for name in self.branch:
-            x = getattr(self, name)(x)
-        return getattr(self, self.last)(x, shortcut)
-
-
-class DeployedStage(nn.Module):
-    """What `deploy` makes of a `DenseStage`: its layers write what they add into one tensor, without concatenations,
-    whose sizes add up to the square of the depth."""
-
-    def __init__(self, stage: DenseStage):
-        super().__init__()
-        self.pool, self.layers = stage.pool, stage.layers
-        for layer in self.layers:
-            if type(layer.conv2.norm) is type(layer.conv2.act) is nn.Identity:
-                layer.conv2 = layer.conv2.conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(x)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad):
-            return self.layers(x)
-        channels = x.shape[1]
-        added = [getattr(layer.conv2, "conv", layer.conv2).out_channels for layer in self.layers]
-        features = x.new_empty(len(x), channels + sum(added), *x.shape[2:])
-        features[:, :channels] = x
-        for layer, more in zip(self.layers, added):
-            hidden, out = layer.conv1(features[:, :channels]), features[:, channels : channels + more]
-            if isinstance(layer.conv2, DeployedGroupConv2d):
-                layer.conv2(hidden, out)
-            else:
-                out.copy_(layer.conv2(hidden))
-            channels += more
-        return features
 
 
 def _folded(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
