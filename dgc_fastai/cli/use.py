@@ -1,7 +1,7 @@
 """Commands that use trained weights: evaluate, predict, export."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +82,7 @@ def predict(
         from ..inference.predict import Predictor
 
         predictor = Predictor.from_weights(weights)
-    predictions = predictor.predict(paths)
+    predictions: Iterable[list[tuple[str, float]]] = predictor.predict(paths)
     if errors.is_terminal and not console.quiet:
         predictions = track(predictions, "classifying", len(paths), console=errors, transient=True)
     found = [classes[:top] for classes in predictions]

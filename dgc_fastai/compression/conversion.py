@@ -57,6 +57,7 @@ def convert(
     shapes = {model.get_submodule(layer.name): layer.output for layer in counted}
     layers: dict[nn.Module, DynamicGroupConv2d] = {}
     replaced, left = [], []
+    reason: Optional[str]
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Conv2d):
             continue
@@ -118,7 +119,7 @@ SPREAD = 2e-5
 def _gated(conv: nn.Conv2d, heads: int, gate_factor: float, squeeze_rate: int) -> DynamicGroupConv2d:
     """A DGC layer that computes what a convolution does, with its very parameters."""
     layer = DynamicGroupConv2d.like(conv, heads=heads, gate_factor=gate_factor, squeeze_rate=squeeze_rate, preact=False)
-    layer.weight, layer.bias = conv.weight, conv.bias
+    layer.weight, layer.bias = conv.weight, conv.bias  # type: ignore[assignment]  # nn.Parameters
     layer.gates.excite.zero_()
     filters = conv.weight.float().unflatten(0, (-1, heads)).flatten(3)  # [O / heads, heads, C, kh * kw]
     order = filters.square().sum((0, 3)).argsort(-1).argsort(-1)  # [heads, C], 0 for the smallest

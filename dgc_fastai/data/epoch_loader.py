@@ -18,6 +18,8 @@ class EpochDL(TfmdDL):
     any number of processes.
     """
 
+    bs: int
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.skip, self.item_seed, self.indices = 0, 0, []

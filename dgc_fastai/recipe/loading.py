@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import yaml
 from pydantic import ValidationError
@@ -16,6 +16,9 @@ from ..utils.text import did_you_mean
 from .catalogue import find_recipe, recipe_names
 from .schema import Data, Log, Model, Recipe, Section, Train
 from .yaml_text import parse_yaml
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 # Keys of earlier versions: saved weights carry the recipe they were trained with.
 RENAMED_KEYS: dict[tuple, str] = {("train", "lasso"): "lasso_weight"}
@@ -113,7 +116,7 @@ def _parse_sections(text: str, where: str) -> tuple[dict, dict[tuple, str]]:
         raise RecipeError(f"{where}: a recipe is a mapping of keys to values, such as 'name: quickstart'")
     lines: dict[tuple, str] = {}
 
-    def note(node: yaml.Node, place: tuple) -> None:
+    def note(node: yaml.Node | None, place: tuple) -> None:
         if isinstance(node, yaml.MappingNode) and len(place) < 3:
             for key, value in node.value:
                 lines[(*place, str(key.value))] = f"{where}:{key.start_mark.line + 1}"
@@ -155,7 +158,7 @@ _SECTIONS: dict[Any, type[Section]] = {"model": Model, "data": Data, "train": Tr
 _MESSAGES = {"list_type": "input should be a list", "model_type": "input should be a section of keys and values"}
 
 
-def _explain(problem: dict, lines: dict[tuple, str], source: str) -> str:
+def _explain(problem: "ErrorDetails", lines: dict[tuple, str], source: str) -> str:
     """One line about one of pydantic's errors: where, which key, what is wrong, what to do."""
     place = tuple(problem["loc"])
     # The nearest key that has a line: a missing key has none of its own.

@@ -74,7 +74,8 @@ def idx_files(data: Data) -> list[tuple[Path, Path]]:
             for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
         ]
         if all(found):
-            return [(found[0], found[1]), (found[2], found[3])]
+            images, labels, test_images, test_labels = (path for path in found if path)
+            return [(images, labels), (test_images, test_labels)]
     missing = "train-images-idx3-ubyte and the other three files"
     raise RecipeError(f"data.path: {data.folder} has no {missing}; {FETCH[data.name]}")
 

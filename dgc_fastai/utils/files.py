@@ -15,7 +15,7 @@ from .errors import WriteError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["file_lock", "remove_partial", "write_atomically", "write_table"]
 
