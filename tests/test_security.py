@@ -78,8 +78,8 @@ sys.addaudithook(watch)  # for good: there is no way to remove one
 HOSTILE = ["!!python/object/apply:os.system ['touch {}']", "!!python/name:os.system", "!!python/module:antigravity"]
 
 
-@pytest.mark.parametrize("value", HOSTILE)
-def test_yaml_executes_nothing(app, tmp_path, value):  # noqa: F811
+@pytest.mark.parametrize("value", HOSTILE, ids=["apply", "name", "module"])
+def test_yaml_executes_nothing(app, tmp_path, value):
     value = value.format(tmp_path / "was_run")
     text = QUICKSTART.read_text()
     (tmp_path / "recipe.yaml").write_text(text + f"\nx: {value}\n")
@@ -99,8 +99,8 @@ def test_yaml_executes_nothing(app, tmp_path, value):  # noqa: F811
     ("name", "../up"), ("name", "/etc/x"), ("name", ".."), ("name", ".hidden"), ("name", "a/b"), ("name", "a\\b"),
     ("name", "'a\n'"), ("device", "cuda:0; true"), ("device", "meta"),
 ])  # fmt: skip
-def test_a_recipe_names_neither_code_nor_places_by_other_keys(app, tmp_path, key, value):  # noqa: F811
-    command = [] if key == "train.optimizer" else ["check"]  # the optimiser's name is timm's to know
+def test_a_recipe_names_neither_code_nor_places_by_other_keys(app, tmp_path, key, value):
+    command = [] if key == "train.optimizer" else ["check"]  # the optimizer's name is timm's to know
     answer = app(*command, QUICKSTART, f"{key}={value}", cwd=tmp_path, expect=2)
     assert key in answer and answer.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -122,13 +122,11 @@ def test_the_recipe_in_weights_points_nowhere(tmp_path):
     bait = tmp_path / "bait"
     for name in ("bait/train/a", "bait/train/b", "bait/val/a", "bait/val/b"):
         (tmp_path / name).mkdir(parents=True)
-    recipe = load_recipe(
-        run / "recipe.yaml", ["data.name=folder", f"data.path={bait}", f"output={bait}", "data.size=8"]
-    )
-    hostile = recipe.to_yaml() + "log: {loggers: [tensorboard]}\n"
+    overrides = "data.name=folder", f"data.path={bait}", f"output={bait}", "data.size=8", "log.loggers=[tensorboard]"
+    recipe = load_recipe(run / "recipe.yaml", overrides)
     hostile = recipe.model_copy(update={"device": "cuda:7"}).to_yaml()
     state = load_file(run / "last.safetensors")
-    state["stem.weight"] = state["stem.weight"].repeat(1, 3, 1, 1)  # three colours
+    state["stem.weight"] = state["stem.weight"].repeat(1, 3, 1, 1)  # three color channels
     save_file(state, tmp_path / "x.safetensors", {"classes": '["0"' + ', "x"' * 9 + "]", "recipe": hostile})
     from PIL import Image
 
@@ -182,27 +180,31 @@ ENCODE = __import__("codecs").encode
 FALSE_OBJECTS = Call(np.dtype, "O8", False, True, state=(3, "|", None, None, None, -1, -1, 0))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda target: Call(__import__("os").system, f"touch {target}"),
-        lambda target: Call(eval, f"open({str(target)!r}, 'w')"),
-        lambda target: Call(np.ndarray.tofile, np.zeros(1), str(target)),
-        lambda target: Call(np.save, str(target), np.zeros(1)),
-        lambda target: Call(np.load, str(target)),
-        # By allowed names only: bytes that are to become pointers, and other misuse.
-        lambda target: Call(np.ndarray, (1,), "O", b"AAAAAAAA"),
-        lambda target: Call(RECONSTRUCT, np.ndarray, (0,), b"b", state=(1, (1,), FALSE_OBJECTS, False, b"AAAAAAAA")),
-        lambda target: Call(RECONSTRUCT, np.ndarray, (0,), b"b", state=(1, (2**40,), np.dtype("u1"), False, b"A")),
-        lambda target: Call(RECONSTRUCT, np.ndarray, (0,), b"b", state=(1, (-1, 0), np.dtype("u1"), False, b"A")),
-        lambda target: Call(RECONSTRUCT, np.ndarray, (2**50,), b"b"),
-        lambda target: Call(RECONSTRUCT, np.ndarray, (0,), b"b", state=3),
-        lambda target: Call(ENCODE, "x" * 100, "zlib_codec"),
-        lambda target: Call(ENCODE, Call(ENCODE, "x", "latin1"), "latin1"),
-        lambda target: Call(ENCODE, "\u20ac", "latin1"),
-        lambda target: Call(np.dtype, Call(RECONSTRUCT, np.ndarray, (0,), b"b")),
-    ],
-)
+PICKLES = {
+    "os.system": lambda target: Call(__import__("os").system, f"touch {target}"),
+    "eval": lambda target: Call(eval, f"open({str(target)!r}, 'w')"),
+    "tofile": lambda target: Call(np.ndarray.tofile, np.zeros(1), str(target)),
+    "save": lambda target: Call(np.save, str(target), np.zeros(1)),
+    "load": lambda target: Call(np.load, str(target)),
+    # By allowed names only: bytes that are to become pointers, and other misuse.
+    "array of objects": lambda target: Call(np.ndarray, (1,), "O", b"AAAAAAAA"),
+    "state of objects": lambda target: _reconstructed((1, (1,), FALSE_OBJECTS, False, b"AAAAAAAA")),
+    "large shape": lambda target: _reconstructed((1, (2**40,), np.dtype("u1"), False, b"A")),
+    "negative shape": lambda target: _reconstructed((1, (-1, 0), np.dtype("u1"), False, b"A")),
+    "large array": lambda target: Call(RECONSTRUCT, np.ndarray, (2**50,), b"b"),
+    "state that is a number": lambda target: _reconstructed(3),
+    "zlib": lambda target: Call(ENCODE, "x" * 100, "zlib_codec"),
+    "encoded twice": lambda target: Call(ENCODE, Call(ENCODE, "x", "latin1"), "latin1"),
+    "not latin1": lambda target: Call(ENCODE, "\u20ac", "latin1"),
+    "dtype of an array": lambda target: Call(np.dtype, Call(RECONSTRUCT, np.ndarray, (0,), b"b")),
+}
+
+
+def _reconstructed(state):
+    return Call(RECONSTRUCT, np.ndarray, (0,), b"b", state=state)
+
+
+@pytest.mark.parametrize("make", PICKLES.values(), ids=PICKLES)
 def test_cifar_s_pickles_execute_nothing(tmp_path, make):
     folder, *_ = write_cifar(tmp_path, "cifar10")
     target = tmp_path / "was_run"
@@ -234,7 +236,7 @@ def test_cifar_s_pickles_of_any_protocol_are_read(tmp_path):
 
 
 def test_packed_files_unpack_to_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(readers, "MAX_BYTES", 10_000)
     for count, name in ((9_000, "good.gz"), (20_000, "bomb.gz")):
         head = bytes([0, 0, 8, 1]) + count.to_bytes(4, "big")
         (tmp_path / name).write_bytes(gzip.compress(head + bytes(count)))
@@ -242,12 +244,12 @@ def test_packed_files_unpack_to_a_limit(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="bomb.gz is damaged"):
         readers._idx_file(tmp_path / "bomb.gz", axes=1)
     (tmp_path / "wide").write_bytes(bytes([0, 0, 8, 3]) + 2 * (2**31).to_bytes(4, "big") + (4).to_bytes(4, "big"))
-    with pytest.raises(RecipeError, match="wide is damaged"):  # 2^64 bytes, which 64 bits call none
+    with pytest.raises(RecipeError, match="wide is damaged"):  # 2^64 bytes, which is 0 in 64 bits
         readers._idx_file(tmp_path / "wide", axes=3)
 
 
 def test_a_recipe_in_a_message_is_a_message(tmp_path):
-    """Colours and commands of a terminal, in what a file says, stay text in one line."""
+    """Colors and commands of a terminal, in what a file says, stay text in one line."""
     with pytest.raises(UserError) as error:
         parse_recipe("name: '\\e[2J[bold]x'\n".replace("\\e", "\x1b"), "x.yaml")
     assert "\n" not in str(error.value)

@@ -50,7 +50,7 @@ def write_cifar(folder, name, binary=False, n=40):
 
 
 def write_imagenet(folder, classes=("n01", "n02", "n03"), train=4, valid=2):
-    """ImageNet's layout with small JPEGs; a class is a colour."""
+    """ImageNet's layout with small JPEGs; a class is a color."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("val", valid)):
         for number, name in enumerate(classes):
