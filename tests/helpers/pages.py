@@ -34,8 +34,9 @@ def commands(page: Path) -> list[list[str]]:
     found = []
     for line in lines:
         call = re.search(r"(?:^|[ /])(?:app\.py|dgc)(?: +|$)(.*)", line)
-        if call:
-            found.append(shlex.split(call[1].strip(), comments=True))
+        words = shlex.split(call[1], comments=True) if call else []
+        if words and words[0] != "COMMAND" and not words[0].startswith("-"):
+            found.append(words)
     return found
 
 
