@@ -61,7 +61,7 @@ def test_no_source_loads_what_could_execute():
             assert not [key for key in node.keywords if key.arg == "shell"], place
     # The whole list: a new one is to be looked at.
     assert found == {
-        "checkpoints.py torch.load", "resume.py torch.load", "yaml_text.py Loader", "small_sets.py _ArraysOnly"
+        "checkpoints.py torch.load", "state_file.py torch.load", "yaml_text.py Loader", "small_sets.py _ArraysOnly"
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from torch import Tensor, nn
 
-from ..data.loaders import class_names
+from ..data.classes import class_names
 from ..inference.deploy import deploy
 from ..layers.gate_schedule import dgc_layers, gate_penalty, set_progress
 from ..models.factory import build_model, prepare

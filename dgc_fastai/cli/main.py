@@ -85,8 +85,8 @@ def _run_command(tokens: list[str]) -> None:
 
 def _reports_errors() -> bool:
     """Whether this process, of several, is the one that reports the error that stopped them."""
-    distributed = sys.modules.get("dgc_fastai.training.distributed")  # not there before torch is
-    return distributed.speaks() if distributed else launch.local_rank() == 0
+    collectives = sys.modules.get("dgc_fastai.training.collectives")  # not there before torch is
+    return collectives.is_first_to_report() if collectives else launch.local_rank() == 0
 
 
 def run() -> None:

@@ -68,7 +68,7 @@ def check(recipe: RecipeFile, /, *overrides: Overrides, layers: bool = False) ->
 
     check_machine(plan)
     with console.status("Starting torch and timm"):
-        from ..data.loaders import class_names
+        from ..data.classes import class_names
         from ..models.factory import network_cost
         from .tables import show_cost, show_layers, show_recipe, show_verdict
 

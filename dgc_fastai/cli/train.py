@@ -50,20 +50,20 @@ def train(
 
     check_machine(plan)
     with console.status("Starting torch and fastai, reading the data"):
-        from ..training.distributed import leave
+        from ..training.collectives import destroy_process_group
         from ..training.run import TrainingRun
-        from ..training.run_folder import run_to_go_on_with
+        from ..training.run_folder import find_resumable_run
         from .tables import show_cost, show_recipe, show_result
 
         run = TrainingRun(plan)
         run.learner  # noqa: B018  (reads the data)
     show_recipe(console, plan)
     show_cost(console, run.cost)
-    folder, found = run_to_go_on_with(plan, resume)
+    folder, found = find_resumable_run(plan, resume)
     if found:
         console.print(found, soft_wrap=True, highlight=False, markup=False)
     folder = run.fit(console, folder)
-    leave()
+    destroy_process_group()
     show_result(results, folder)
 
 

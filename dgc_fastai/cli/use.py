@@ -40,13 +40,13 @@ def evaluate(recipe: RecipeFile, /, *overrides: Overrides, weights: Path) -> Non
     check_device(plan)
     weights = weights_file(weights)
     with console.status("Starting torch and fastai, reading the data"):
-        from ..training.distributed import leave
+        from ..training.collectives import destroy_process_group
         from ..training.run import TrainingRun
 
         run = TrainingRun(plan)
         run.load(weights)
     result = run.evaluate(console)
-    leave()
+    destroy_process_group()
     top_1, top_5 = (f"{100 * result[name]:.2f} %" for name in ("top_1", "top_5"))
     results.print(f"top-1 {top_1}, top-5 {top_5}, loss {result['loss']:.4f}", highlight=False)
 

@@ -1,4 +1,4 @@
-"""The data section of a recipe -> its classes and fastai DataLoaders."""
+"""The data section of a recipe -> fastai DataLoaders."""
 
 from collections.abc import Sequence
 from typing import Optional
@@ -7,22 +7,12 @@ import fastai.vision.learner  # noqa: F401  (registers the layouts of show_batch
 import torch
 from fastai.data.core import DataLoaders
 
-from ..recipe.machine import folder_parts, image_classes
 from ..recipe.schema import Data
+from .classes import class_names
 from .image_files import file_loaders
 from .in_memory import tensor_loaders
-from .small_sets import small_set_classes
 
-__all__ = ["build_dataloaders", "class_names"]
-
-
-def class_names(data: Data) -> list[str]:
-    """The classes in the order of their numbers, from the files of the data.
-
-    Raises:
-        RecipeError: the files are missing or damaged.
-    """
-    return image_classes(folder_parts(data)[0]) if data.is_image_files else small_set_classes(data)
+__all__ = ["build_dataloaders"]
 
 
 def build_dataloaders(data: Data, device: torch.device, classes: Optional[Sequence[str]] = None) -> DataLoaders:

@@ -25,29 +25,30 @@ def dgc_learner(
     normalize: bool = True,
     n_out: Optional[int] = None,
     n_in: int = 3,
-    lasso: float = 1e-5,
+    lasso_weight: float = 1e-5,
     anneal: bool = True,
     cbs: Any = None,
     **kwargs: Any,
 ) -> Learner:
     """fastai's `vision_learner` for DGC networks, with `AnnealGates` and the paper's head: pooling, one linear layer.
 
-    The network is timm's as it stands, so `load_checkpoint`, `budget` and timm's own tools take `learn.model`. Body and
-    classifier are parameter groups of their own, for `fine_tune`, `freeze` and `slice` of learning rates.
+    `learn.model` is a timm model: `load_checkpoint`, `budget` and timm's own tools accept it. Body and classifier are two
+    parameter groups, for `fine_tune`, `freeze` and a `slice` of learning rates.
 
     Args:
         dls: images [B, n_in, H, W] and their classes.
         arch: a name for `timm.create_model`, or a network, such as one from `convert`, with a classifier for `dls`.
-        normalize: add the network's own `Normalize` to `dls`, if there is none yet and it is for `n_in` channels.
-        n_out: number of classes, by default that of `dls`.
-        n_in: channels of the images.
-        lasso, anneal: see `AnnealGates`.
+        normalize: add `Normalize` with the network's own mean and deviation to `dls`, unless it has one or they are not
+            for `n_in` channels.
+        n_out: number of classes; by default that of `dls`.
+        n_in: number of channels of the images.
+        lasso_weight, anneal: see `AnnealGates`.
         cbs: more callbacks.
-        kwargs: of fastai's `Learner`; all others are keywords for `timm.create_model`, such as `gate_factor`.
+        kwargs: those of fastai's `Learner`; all others go to `timm.create_model`, such as `gate_factor`.
 
     Raises:
-        ValueError: the number of classes is not given and `dls` does not know it.
-        TypeError: a keyword is neither the Learner's nor the network's.
+        ValueError: `n_out` is not given, and `dls` does not know its number of classes.
+        TypeError: a keyword is neither the Learner's nor the network's, or is for a network that exists already.
     """
     network_only = {name: kwargs.pop(name) for name in list(kwargs) if name not in _LEARNER_KEYWORDS}
     if isinstance(arch, str):
@@ -56,7 +57,7 @@ def dgc_learner(
             raise ValueError("the number of classes is not known: set dls.c or pass n_out")
         model = timm.create_model(arch, num_classes=n_out, in_chans=n_in, **network_only)
     elif network_only:
-        raise TypeError(f"{', '.join(network_only)}: a network that is there already takes no keywords")
+        raise TypeError(f"{', '.join(network_only)}: a network that exists already takes no keywords")
     else:
         model = arch
     cfg = getattr(model, "default_cfg", None) or {}
@@ -64,14 +65,14 @@ def dgc_learner(
     if normalize and not has_one and len(cfg.get("mean", ())) == n_in:
         dls.add_tfms([Normalize.from_stats(cfg["mean"], cfg["std"])], "after_batch")
     kwargs.setdefault("splitter", _body_and_classifier)
-    return Learner(dls, model, cbs=[AnnealGates(lasso, anneal), *L(cbs)], **kwargs)
+    return Learner(dls, model, cbs=[AnnealGates(lasso_weight, anneal), *L(cbs)], **kwargs)
 
 
 _LEARNER_KEYWORDS = inspect.signature(Learner).parameters.keys()
 
 
 def _body_and_classifier(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
-    """A network's parameters in two groups; the second is of its last module, the classifier."""
+    """A network's parameters in two groups; the second is that of its last module, the classifier."""
     last = [list(child.parameters()) for child in model.children() if list(child.parameters())][-1]
     rest = [parameter for parameter in model.parameters() if not any(parameter is other for other in last)]
     return [group for group in (rest, last) if group]

@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
@@ -20,7 +21,7 @@ from .callbacks import (
     NonFiniteLoss,
     WholeBatchAccumulation,
 )
-from .distributed import together
+from .distributed import distributed_context
 from .metrics import top_1, top_5
 from .optimizer import all_parameters, build_optimizer, split_by_decay
 from .schedules import schedules
@@ -47,7 +48,7 @@ class RecipeLearner(Learner):
         scheduled = {name: curve for name, curve in schedules(self.recipe).items() if name in self.opt.hypers[0]}
         self.first_epoch = first_epoch
         try:
-            with together(self):
+            with distributed_context(self):
                 self.fit(train.epochs, train.lr, cbs=ParamScheduler(scheduled))
         finally:
             self.first_epoch = 0
@@ -85,9 +86,9 @@ def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> Recipe
     return learn
 
 
-def _callbacks(recipe: Recipe) -> list:
+def _callbacks(recipe: Recipe) -> list[Callback]:
     train = recipe.train
-    callbacks: list = [AnnealGates(train.lasso_weight), NonFiniteLoss(skip=train.nonfinite == "skip")]
+    callbacks: list[Callback] = [AnnealGates(train.lasso_weight), NonFiniteLoss(skip=train.nonfinite == "skip")]
     if train.precision != "float32":
         callbacks.append(DeviceMixedPrecision(amp_mode=train.precision))
     if train.mixup and train.cutmix:
@@ -106,7 +107,7 @@ def _callbacks(recipe: Recipe) -> list:
 def evaluate(learn: Learner) -> dict[str, float]:
     """Loss, top-1 and top-5 over the validation images, the accuracies in [0, 1].
 
-    Of several processes each looks at its part of the images, and all return what one would.
+    Of several processes, each evaluates its shard of the images, and all return the numbers of the whole set.
     """
-    with together(learn):
+    with distributed_context(learn):
         return dict(zip(("loss", "top_1", "top_5"), map(float, learn.validate())))

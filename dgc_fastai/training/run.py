@@ -4,15 +4,16 @@ A recipe goes through these files, in this order, and returns to none of them:
 
 1. `recipe/loading.py`: YAML -> Recipe
 2. `training/run.py`: Recipe -> TrainingRun, which resolves the device, the classes and the cost once
-3. `models/factory.py`: model section -> network
-4. `data/loaders.py`: data section -> DataLoaders
-5. `training/learner.py`: train section -> Learner, and its fit
-6. `training/callbacks/run_files.py`: an epoch -> its row and files
-7. `models/checkpoints.py`: network -> weights
+3. `data/classes.py`: data section -> class names
+4. `models/factory.py`: model section -> network, and its cost
+5. `data/loaders.py`: data section -> DataLoaders
+6. `training/learner.py`: train section -> Learner, and its fit
+7. `training/callbacks/run_recorder.py`: an epoch -> its row and files
+8. `models/checkpoints.py`: network -> weights
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Optional
@@ -23,22 +24,24 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from rich.console import Console
 
-from ..data.loaders import build_dataloaders, class_names
+from ..data.classes import class_names
+from ..data.loaders import build_dataloaders
 from ..models.checkpoints import load_checkpoint
 from ..models.factory import create_model, network_cost, prepare
 from ..ops.device import use_device
 from ..recipe.schema import Recipe
 from ..utils import launch
 from ..utils.errors import Interrupted, LostProcess, RecipeError, TrainingError, WriteError
-from ..utils.files import remove_partial, write_atomically
+from ..utils.files import write_atomically
 from ..utils.invocation import program
 from .callbacks.progress import TrainingDisplay
-from .callbacks.run_files import RunFolder
-from .distributed import join, largest, lost_processes_named
+from .callbacks.run_recorder import RunRecorder
+from .callbacks.save_state import SaveState
+from .collectives import init_process_group, lost_processes_named
 from .learner import RecipeLearner, assemble, evaluate
 from .loggers import logging_callbacks
-from .resume import Snapshots, read_state
-from .run_folder import COMPLETE, INTERRUPTED, LAUNCH, NEW, _agreed, _alone, _stage, new_run_folder
+from .run_folder import STATE, Stage, lock_run, prepare_run_folder
+from .state_file import read_state
 
 __all__ = ["TrainingRun", "build_learner"]
 
@@ -46,7 +49,7 @@ __all__ = ["TrainingRun", "build_learner"]
 class TrainingRun:
     """One run of a recipe: what it needs is resolved once, then `fit` or `evaluate` use it.
 
-    If several processes were started, this joins them (see `distributed`).
+    If several processes were started, it joins them (see `collectives`).
 
     Args:
         recipe: from `load_recipe`.
@@ -65,7 +68,7 @@ class TrainingRun:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.device = use_device(recipe.device)
-        join(self.device)
+        init_process_group(self.device)
         if self.device.type != "cuda" and recipe.train.precision == "fp16":
             raise RecipeError("train.precision: fp16 needs a CUDA device; use bf16 or float32 here")
         self.classes = class_names(recipe.data)
@@ -85,15 +88,15 @@ class TrainingRun:
         return assemble(recipe, build_dataloaders(recipe.data, self.device, self.classes), network)
 
     def fit(self, console: Console, folder: Optional[Path] = None) -> Path:
-        """Train into a run folder and return its path. Of several processes, the first one shows and writes.
+        """Train into a run folder and return its path. Of several processes, the main one shows and writes.
 
         Args:
             console: where to show the progress.
-            folder: of a run to resume, from `run_to_go_on_with`; None for a new one.
+            folder: of a run to resume, from `find_resumable_run`; None for a new one.
 
         Raises:
             RecipeError: the run folder cannot be made, or a logger is not installed.
-            CheckpointError: the state of the interrupted run cannot be read.
+            CheckpointError: the state of the interrupted run cannot be read, or does not fit.
             TrainingError: the loss or the weights are NaN or Inf.
             Interrupted: SIGINT or SIGTERM came, and the run was saved.
             LostProcess: another process of this run, or one that reads its images, has died.
@@ -101,42 +104,25 @@ class TrainingRun:
                 the run can be resumed.
         """
         recipe, learn = self.recipe, self.learner
-        stage = largest(_stage(folder, recipe) if folder and launch.is_main_process() else NEW)
-        if stage == COMPLETE:  # by the time that another process died
+        folder, stage = prepare_run_folder(recipe, folder)
+        if stage is Stage.COMPLETE:  # by the time that another process died
             return folder
-        state = read_state(folder / "state.pt") if stage == INTERRUPTED else None
-        folder = _agreed(folder or (new_run_folder(recipe) if launch.is_main_process() else None))
-        record = RunFolder(folder, recipe, self.classes, self.cost)
-        if state:
-            record.rows += state["rows"]
-        snapshots = Snapshots(folder / "state.pt", recipe.train.seed, record, state)
-        callbacks, display = [snapshots], TrainingDisplay(console, record.rows, recipe.log.print_every)
-        resume = f"{program()} {folder / 'recipe.yaml'} --resume"
-        with _alone(folder) if launch.is_main_process() else nullcontext():
+        state = read_state(folder / STATE) if stage is Stage.INTERRUPTED else None
+        recorder = RunRecorder(folder, recipe, self.classes, self.cost)
+        save_state = SaveState(folder / STATE, recipe.train.seed, state)
+        display = TrainingDisplay(console, recorder.rows, recipe.log.print_every)
+        with lock_run(folder):
+            callbacks = [save_state, recorder]
             if launch.is_main_process():
-                remove_partial(folder)
-                if launch.launch_id():  # of a folder that was begun by an earlier launch, too
-                    write_atomically(folder / LAUNCH, launch.launch_id() + "\n")
-                callbacks += [record, display, *logging_callbacks(recipe, folder)]
-            with _callbacks(learn, callbacks):
-                try:
-                    with snapshots.on_signals(), lost_processes_named():
-                        learn.fit_recipe(snapshots.first_epoch)
-                except TrainingError as error:
-                    raise TrainingError(
-                        f"{error}; {_left_behind(folder, record, learn.non_finite_loss.images)}"
-                    ) from None
-                except LostProcess as error:
-                    next_step = "all are started again" if launch.will_restart() else f"to go on: {resume}"
-                    raise LostProcess(f"{error}; the run is saved up to its last epoch; {next_step}") from None
-                except WriteError as error:
-                    raise WriteError(f"{error}, then go on: {resume}") from None
-                except OSError as error:  # from where loggers write, and from where the terminal's text goes
-                    raise WriteError(f"{error}; mend that, then go on: {resume}") from None
-                finally:
-                    display.close()
-        if snapshots.stopped:
-            raise Interrupted(f"interrupted {snapshots.stopped}, and saved; to go on: {resume}", snapshots.stop)
+                callbacks += [display, *logging_callbacks(recipe, folder)]
+            try:
+                with _callbacks(learn, callbacks), save_state.on_signals(), _errors_of(learn, recorder):
+                    learn.fit_recipe(save_state.first_epoch)
+            finally:
+                display.close()
+        if save_state.stopped:
+            message = f"interrupted {save_state.stopped}, and saved; to go on: {_resume_command(folder)}"
+            raise Interrupted(message, save_state.stop)
         return folder
 
     def load(self, weights: Path) -> None:
@@ -173,22 +159,44 @@ def build_learner(recipe: Recipe) -> RecipeLearner:
     return TrainingRun(recipe).learner
 
 
-def _left_behind(folder: Path, record: RunFolder, images: list[str]) -> str:
-    """What there is after a loss of NaN or Inf: the file with the names of the images, and the last good weights."""
-    found = []
+@contextmanager
+def _callbacks(learn: Learner, callbacks: list[Callback]) -> Iterator[None]:
+    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), learn.no_logging(), learn.added_cbs(callbacks):
+        yield
+
+
+@contextmanager
+def _errors_of(learn: RecipeLearner, recorder: RunRecorder) -> Iterator[None]:
+    """Add to the errors of a fit what is left of the run, and how to resume it."""
+    resume = _resume_command(recorder.folder)
+    try:
+        with lost_processes_named():
+            yield
+    except TrainingError as error:
+        raise TrainingError(f"{error}; {_what_is_left(recorder, learn.non_finite_loss.images)}") from None
+    except LostProcess as error:
+        next_step = "all are started again" if launch.will_restart() else f"to go on: {resume}"
+        raise LostProcess(f"{error}; the run is saved up to its last epoch; {next_step}") from None
+    except WriteError as error:
+        raise WriteError(f"{error}, then go on: {resume}") from None
+    except OSError as error:  # from the files of loggers, or from the terminal
+        raise WriteError(f"{error}; mend that, then go on: {resume}") from None
+
+
+def _resume_command(folder: Path) -> str:
+    return f"{program()} {folder / 'recipe.yaml'} --resume"
+
+
+def _what_is_left(recorder: RunRecorder, images: list[str]) -> str:
+    """After a loss of NaN or Inf: the file with the names of the images, and the last good weights."""
+    folder, found = recorder.folder, []
     if images:
         names = folder / "nonfinite.txt"
         if launch.is_main_process():
             write_atomically(names, "\n".join(images) + "\n")
         found.append(f"all names are in {names}")
-    if record.rows:
-        found.append(f"the last good weights are {folder / 'last.safetensors'}, of epoch {record.rows[-1]['epoch']}")
+    if recorder.rows:
+        found.append(f"the last good weights are {folder / 'last.safetensors'}, of epoch {recorder.rows[-1]['epoch']}")
     else:
         found.append("no epoch had ended before")
     return "; ".join(found)
-
-
-@contextmanager
-def _callbacks(learn: Learner, callbacks: list[Callback]) -> Iterator[None]:
-    with learn.removed_cbs(learn._grab_cbs(ProgressCallback)), learn.no_logging(), learn.added_cbs(callbacks):
-        yield

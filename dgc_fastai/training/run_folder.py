@@ -1,10 +1,11 @@
-"""Where runs lie: new folders, and those of interrupted runs."""
+"""Run folders: new ones, and those of interrupted runs."""
 
 import itertools
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from pathlib import Path
 from typing import Optional
 
@@ -12,33 +13,105 @@ from ..recipe.loading import differences, load_recipe
 from ..recipe.schema import Recipe
 from ..utils import launch
 from ..utils.errors import RecipeError, WriteError
-from ..utils.files import file_lock, write_atomically
-from .distributed import from_first, largest
+from ..utils.files import file_lock, remove_partial, write_atomically
+from .collectives import all_reduce_max, broadcast_bytes
 
-LAUNCH = "launch.txt"  # in the folder of a run that torchrun has started: which launch took it last
+__all__ = ["STATE", "Stage", "find_resumable_run", "interrupted_run", "lock_run", "prepare_run_folder"]
 
-NEW, INTERRUPTED, COMPLETE = range(3)
+STATE = "state.pt"  # there while something is left to do
+LAUNCH = "launch.txt"  # of a run that torchrun started: the launch that trained it last
 
 
-def run_to_go_on_with(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str]:
-    """The folder that all processes are to go on with, if any, and a line that says so.
+class Stage(IntEnum):
+    """How far a run is."""
 
-    It is that of the newest interrupted run of the recipe, if `resume` asks for it. After torchrun has started all
-    processes again, because one had died, it is the one that they had begun, wherever that run has come to.
+    NEW = 0
+    INTERRUPTED = 1
+    COMPLETE = 2
+
+
+def find_resumable_run(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str]:
+    """The folder of a run that all processes can resume, or None, and a line for the user.
+
+    If `resume` is set, it is the newest interrupted run of the recipe. After torchrun has restarted all processes,
+    because one had died, it is the run that they had begun, however far it is.
     """
     folder, found = None, ""
-    restarted = largest(launch.restart_count())  # each machine's launcher counts for itself
+    restarted = all_reduce_max(launch.restart_count())  # the launcher of each machine has its own count
     if launch.is_main_process():
         if restarted and launch.launch_id():
             folder = _begun_by_this_launch(recipe)
             found = f"A process has died, and all were started again: going on with {folder}." if folder else ""
         elif resume or restarted:
             folder, found = interrupted_run(recipe)
-    return _agreed(folder), found
+    return _broadcast_path(folder), found
+
+
+def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:
+    """The newest interrupted run of a recipe below `output`, and a line for the user about what was found.
+
+    Recipes that differ in `output` or `log` only are the same. A run that another process trains is not interrupted.
+    """
+
+    def modified(path: Path) -> float:
+        return path.stat().st_mtime if path.exists() else 0.0  # of a run that has just ended
+
+    states = sorted(recipe.runs.glob(f"*/{STATE}"), key=modified, reverse=True)
+    passed = ""
+    for folder in (path.parent for path in states):
+        try:
+            different = differences(recipe, load_recipe(folder / "recipe.yaml"), ignore=("output", "log"))
+            with file_lock(folder / "recipe.yaml"):
+                if not different:
+                    return folder, f"Going on with {folder}."
+        except RecipeError:  # not a run of ours, or one of another version
+            continue
+        except BlockingIOError:
+            passed = passed or f"; {folder} is going on in another process"
+        else:
+            if folder.name.startswith(recipe.name):
+                passed = passed or f"; {folder} was interrupted, too, but differs in {', '.join(different[:3])}"
+    return None, f"No interrupted run of this recipe below {recipe.runs}: starting one{passed}."
+
+
+def prepare_run_folder(recipe: Recipe, folder: Optional[Path]) -> tuple[Path, Stage]:
+    """The folder that all processes train into, and how far its run is; a new one unless `folder` is given.
+
+    Raises:
+        RecipeError: the folder cannot be made.
+        WriteError: the recipe cannot be written into it.
+    """
+    stage = Stage.NEW
+    if launch.is_main_process():
+        if folder:
+            stage = _stage(folder, recipe)
+        else:
+            folder = _new_run_folder(recipe)
+    return _broadcast_path(folder), Stage(all_reduce_max(stage))
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Keep other processes from training into a run's folder; the main process holds the lock for its own.
+
+    Raises:
+        RecipeError: another process trains this run.
+    """
+    if not launch.is_main_process():
+        yield
+        return
+    try:
+        with file_lock(folder / "recipe.yaml"):
+            remove_partial(folder)
+            if launch.launch_id():  # also in a folder that an earlier launch has begun
+                write_atomically(folder / LAUNCH, launch.launch_id() + "\n")
+            yield
+    except BlockingIOError:
+        raise RecipeError(f"output: {folder} is going on in another process") from None
 
 
 def _begun_by_this_launch(recipe: Recipe) -> Optional[Path]:
-    """The folder that this launch has last taken for a recipe; an earlier one may have had the same name."""
+    """The folder that this launch has trained last, if its recipe is the same: launches can share an id."""
     for path in sorted(recipe.runs.glob(f"*/{LAUNCH}"), key=lambda path: path.stat().st_mtime, reverse=True):
         if path.read_text().strip() == launch.launch_id():
             same = not differences(recipe, load_recipe(path.parent / "recipe.yaml"), ignore=("output", "log"))
@@ -46,30 +119,16 @@ def _begun_by_this_launch(recipe: Recipe) -> Optional[Path]:
     return None
 
 
-def _agreed(folder: Optional[Path]) -> Optional[Path]:
-    text = from_first(str(folder).encode() if folder else None)
-    return Path(text.decode()) if text else None
-
-
-def _stage(folder: Path, recipe: Recipe) -> int:
-    if (folder / "state.pt").exists():
-        return INTERRUPTED
+def _stage(folder: Path, recipe: Recipe) -> Stage:
+    if (folder / STATE).exists():
+        return Stage.INTERRUPTED
     summary = folder / "summary.json"
     done = json.loads(summary.read_text())["epochs"] if summary.exists() else 0
-    return COMPLETE if done == recipe.train.epochs else NEW
+    return Stage.COMPLETE if done == recipe.train.epochs else Stage.NEW
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    try:
-        with file_lock(folder / "recipe.yaml"):
-            yield
-    except BlockingIOError:
-        raise RecipeError(f"output: {folder} is going on in another process") from None
-
-
-def new_run_folder(recipe: Recipe) -> Path:
-    """Make a folder of its own for a run, named for the recipe and the time, and put the recipe in it."""
+def _new_run_folder(recipe: Recipe) -> Path:
+    """Make a folder named for the recipe and the time, and write the recipe into it."""
     stem = f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for attempt in itertools.count(1):
         folder = recipe.runs / (stem if attempt == 1 else f"{stem}-{attempt}")
@@ -87,28 +146,6 @@ def new_run_folder(recipe: Recipe) -> Path:
         return folder
 
 
-def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:
-    """The newest run of a recipe below `output` that was interrupted, and a line to tell what was found.
-
-    Another `output` or `log` makes no other run of a recipe. A run that is going on is none that was interrupted.
-    """
-
-    def time_of(path: Path) -> float:
-        return path.stat().st_mtime if path.exists() else 0.0  # of a run that has just ended
-
-    states = sorted(recipe.runs.glob("*/state.pt"), key=time_of, reverse=True)
-    passed = ""
-    for folder in (path.parent for path in states):
-        try:
-            different = differences(recipe, load_recipe(folder / "recipe.yaml"), ignore=("output", "log"))
-            with file_lock(folder / "recipe.yaml"):
-                if not different:
-                    return folder, f"Going on with {folder}."
-        except RecipeError:  # not a run of ours, or one of another version
-            continue
-        except BlockingIOError:
-            passed = passed or f"; {folder} is going on in another process"
-        else:
-            if folder.name.startswith(recipe.name):
-                passed = passed or f"; {folder} was interrupted, too, but differs in {', '.join(different[:3])}"
-    return None, f"No interrupted run of this recipe below {recipe.runs}: starting one{passed}."
+def _broadcast_path(folder: Optional[Path]) -> Optional[Path]:
+    text = broadcast_bytes(str(folder).encode() if folder else None)
+    return Path(text.decode()) if text else None

@@ -1,4 +1,4 @@
-"""A recipe's schedule -> learning rate, and momentum, as functions of the share of training that is done."""
+"""A recipe's schedule -> learning rate, and momentum, as functions of training progress in [0, 1]."""
 
 from collections.abc import Callable
 
@@ -12,10 +12,10 @@ Schedule = Callable[[float], float]
 
 
 def schedules(recipe: Recipe) -> dict[str, Schedule]:
-    """What fastai's ParamScheduler is to follow, by the name of the hyperparameter: `lr`, and perhaps `mom`.
+    """Schedules for fastai's ParamScheduler, by the name of the hyperparameter: `lr`, and `mom` for one_cycle.
 
-    cosine and multistep are the authors'; one_cycle and flat_cosine are fastai's, by its own defaults. A warm-up is
-    linear, from a hundredth; cosine falls over what is left of the run.
+    cosine and multistep are the authors'; one_cycle and flat_cosine are fastai's with its defaults. A warm-up rises
+    linearly from a hundredth of the learning rate; cosine then falls over the rest of the run.
     """
     train = recipe.train
     if train.schedule == "one_cycle":
@@ -32,9 +32,9 @@ def schedules(recipe: Recipe) -> dict[str, Schedule]:
 
 
 def _steps(recipe: Recipe, done: float) -> int:
-    """How often multistep has divided by ten: on ImageNet every 30 epochs, else at a half and three quarters."""
+    """How often multistep has divided by ten: every 30 epochs on ImageNet, else at 1/2 and 3/4 of the run."""
     epochs = recipe.train.epochs
-    epoch = int(done * epochs + 1e-6)  # fastai adds `done` up step by step
+    epoch = int(done * epochs + 1e-6)  # fastai adds `done` up step by step, so it can be slightly too small
     if recipe.data.name == "imagenet":
         return epoch // 30
     return (epoch >= 0.5 * epochs) + (epoch >= 0.75 * epochs)

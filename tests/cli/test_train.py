@@ -69,7 +69,7 @@ def test_a_run_folder_is_whole(run):
     names = {"recipe.yaml", "history.csv", "curves.png", "summary.json", "last.safetensors", "best.safetensors"}
     assert {path.name for path in folder.iterdir()} == names
     rows = list(csv.DictReader(open(folder / "history.csv")))
-    columns = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "lasso", "lr", "seconds"]
+    columns = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "gate_penalty", "lr", "seconds"]
     assert [list(row) for row in rows] == [columns] * 4
     assert float(rows[0]["inactive"]) < float(rows[1]["inactive"]) < float(rows[3]["inactive"]) == 0.75
     assert float(rows[3]["lr"]) < 1e-3 < float(rows[1]["lr"])

@@ -15,8 +15,9 @@ from PIL import Image
 
 from dgc_fastai import build_learner, load_recipe
 from dgc_fastai.data import image_files
+from dgc_fastai.data.classes import class_names
 from dgc_fastai.data.image_files import open_image, read_image
-from dgc_fastai.data.loaders import build_dataloaders, class_names
+from dgc_fastai.data.loaders import build_dataloaders
 from dgc_fastai.recipe.machine import check_data
 from dgc_fastai.recipe.schema import Data
 from dgc_fastai.utils.errors import RecipeError

@@ -19,10 +19,11 @@ from torch import nn
 from dgc_fastai import DynamicGroupConv2d, build_learner, load_recipe
 from dgc_fastai.data.loaders import build_dataloaders
 from dgc_fastai.layers.gate_schedule import dgc_layers
-from dgc_fastai.training.distributed import join, leave
+from dgc_fastai.training.callbacks.order import ANNEAL_GATES, SAVE_STATE
+from dgc_fastai.training.collectives import destroy_process_group, init_process_group
 from dgc_fastai.training.learner import assemble, evaluate
 from dgc_fastai.training.run import TrainingRun
-from dgc_fastai.training.run_folder import run_to_go_on_with
+from dgc_fastai.training.run_folder import find_resumable_run
 from dgc_fastai.utils.errors import Interrupted, TrainingError
 from dgc_fastai.utils.launch import rank, world_size
 from helpers import QUICKSTART
@@ -40,7 +41,7 @@ class Watch(Callback):
             self.inactive.append([int(layer.inactive_channels) for layer in dgc_layers(self.model)])
 
 
-def without_norms() -> nn.Module:
+def without_norm_layers() -> nn.Module:
     """Gated layers, but nothing that depends on how many images there are in a part of a batch."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
@@ -58,17 +59,17 @@ def without_norms() -> nn.Module:
 class AskedToStop(Callback):
     """What a signal to the last process alone does, during the second batch of the second epoch."""
 
-    order = 79
+    order = SAVE_STATE - 1
 
     def after_batch(self):
         if rank() == world_size() - 1 and self.training and (self.epoch, self.iter) == (1, 1):
-            self.snapshots.stop = signal.SIGTERM
+            self.save_state.stop = signal.SIGTERM
 
 
-class NoNumber(Callback):
-    """A loss of the last process that is no number, and one sample's statistics with it, in the second batch."""
+class NonFinite(Callback):
+    """Makes the last process's loss of the second batch NaN, and the statistics of its normalization layers."""
 
-    order = 4
+    order = ANNEAL_GATES - 1
 
     def after_loss(self):
         if rank() == world_size() - 1 and self.training and (self.epoch, self.iter) == (0, 1):
@@ -79,15 +80,15 @@ class NoNumber(Callback):
 
 
 def plain(recipe):
-    """Trains a network without norms; processes begin with other random numbers each."""
-    join(torch.device("cpu"))
+    """Trains a network without normalization layers; processes begin with other random numbers each."""
+    init_process_group(torch.device("cpu"))
     set_seed(rank())
     dls = build_dataloaders(recipe.data, torch.device("cpu"))
     if rank() == 0:
         set_seed(0)
         dls = build_dataloaders(recipe.data, torch.device("cpu"))
     torch.manual_seed(0)
-    return train_only(assemble(recipe, dls, without_norms()))
+    return train_only(assemble(recipe, dls, without_norm_layers()))
 
 
 def train_only(learn, *callbacks):
@@ -99,9 +100,9 @@ def train_only(learn, *callbacks):
     return {"inactive": watch.inactive, "history": rows, "scores": scores, "weights": learn.model.state_dict()}
 
 
-def no_number(recipe):
+def non_finite(recipe):
     try:
-        return train_only(build_learner(recipe), NoNumber())
+        return train_only(build_learner(recipe), NonFinite())
     except TrainingError as error:
         return {"error": str(error)}
 
@@ -116,7 +117,7 @@ def whole_run(recipe, *callbacks, resume=False):
     """As app.py does it."""
     run = TrainingRun(recipe)
     run.learner.add_cbs(callbacks)
-    folder, _ = run_to_go_on_with(recipe, resume)
+    folder, _ = find_resumable_run(recipe, resume)
     try:
         folder = run.fit(Console(file=io.StringIO()), folder)
     except Interrupted as stop:
@@ -127,7 +128,7 @@ def whole_run(recipe, *callbacks, resume=False):
 WHAT = {
     "plain": plain,
     "train": lambda recipe: train_only(build_learner(recipe)),
-    "no_number": no_number,
+    "non_finite": non_finite,
     "validate": validate,
     "run": whole_run,
     "stop": lambda recipe: whole_run(recipe, AskedToStop()),
@@ -140,7 +141,7 @@ def main(folder: str, scenarios: str) -> None:
     for name, what, overrides in json.loads(scenarios):
         result = WHAT[what](load_recipe(QUICKSTART, overrides))
         torch.save(result, Path(folder) / f"{name}-{world_size()}-{rank()}.pt")
-    leave()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dgc_fastai import load_recipe
-from dgc_fastai.training.resume import read_state
+from dgc_fastai.training.callbacks.order import SAVE_STATE
 from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.training.run_folder import interrupted_run
+from dgc_fastai.training.state_file import read_state
 from dgc_fastai.utils.errors import Interrupted
 from helpers import QUICKSTART
 from helpers.golden import equal_states
@@ -23,14 +24,14 @@ TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "
 class StopAt(Callback):
     """What a signal during that batch does."""
 
-    order = 79
+    order = SAVE_STATE - 1
 
     def __init__(self, epoch, batch, training=True):
         self.place = epoch, batch, training
 
     def after_batch(self):
         if (self.epoch, self.iter, self.training) == self.place:
-            self.snapshots.stop = signal.SIGTERM
+            self.save_state.stop = signal.SIGTERM
 
 
 def start(overrides, resume=False, callback=None):

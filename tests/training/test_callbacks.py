@@ -128,12 +128,13 @@ def test_training_by_the_fastest_formulation_follows_the_reference_until_roundin
     assert_close(lasso, golden["train.lasso_sum"][:n], rtol=1e-4, atol=0)
 
 
-def learner(*cbs, n=64, size=16, lasso=1e-5, gate_factor=0.25, **kwargs):
+def learner(*cbs, n=64, size=16, lasso_weight=1e-5, gate_factor=0.25, **kwargs):
     torch.manual_seed(0)
     images, labels = torch.randn(n, 3, 8, 8), torch.randint(10, (n,))
     model = tiny_densenet(gate_factor=gate_factor)
     dls = loaders(images, labels, size)
-    return Learner(dls, model, CrossEntropyLossFlat(), metrics=accuracy, cbs=[AnnealGates(lasso), *cbs], **kwargs)
+    cbs = [AnnealGates(lasso_weight), *cbs]
+    return Learner(dls, model, CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs, **kwargs)
 
 
 def inactive(learn):
@@ -159,7 +160,7 @@ def test_fastai_s_ways_to_train_close_the_gates_and_log_three_columns(train):
     with learn.no_bar():
         train(learn)
     assert inactive(learn) == closed(learn)
-    assert learn.recorder.metric_names[-4:] == ["inactive", "lasso", "lr", "time"]
+    assert learn.recorder.metric_names[-4:] == ["inactive", "gate_penalty", "lr", "time"]
     share, lasso, lr = rows[-1][-4:-1]
     assert share == pytest.approx(sum(closed(learn)) / sum(layer.in_channels for layer in dgc_layers(learn.model)))
     assert lasso > 1 and lr == learn.opt.hypers[-1]["lr"]
@@ -167,7 +168,7 @@ def test_fastai_s_ways_to_train_close_the_gates_and_log_three_columns(train):
 
 def test_the_lasso_column_is_the_epoch_s_mean_and_the_loss_column_is_without_it():
     spy = Spy()
-    learn = learner(spy, lasso=0.5)
+    learn = learner(spy, lasso_weight=0.5)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
     losses, penalties, *_ = zip(*spy.steps)
@@ -179,8 +180,8 @@ def test_the_lasso_column_is_the_epoch_s_mean_and_the_loss_column_is_without_it(
 
 def test_the_penalty_s_weight_reaches_the_gradient():
     biases = []
-    for lasso in (0.0, 10.0):
-        learn = learner(lasso=lasso)
+    for weight in (0.0, 10.0):
+        learn = learner(lasso_weight=weight)
         with learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-3)
         biases.append(learn.model.stages[0].layers[0].conv1.gates.bias.mean())
@@ -189,7 +190,7 @@ def test_the_penalty_s_weight_reaches_the_gradient():
 
 def test_gradient_accumulation_equals_the_large_batch():
     def train(size, *cbs):
-        learn = learner(*cbs, size=size, lasso=0.1, gate_factor=1.0, opt_func=partial(SGD, mom=0))
+        learn = learner(*cbs, size=size, lasso_weight=0.1, gate_factor=1.0, opt_func=partial(SGD, mom=0))
         evaluating(learn.model, learn.dls.train_ds.images)
         for module in learn.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):  # a small batch's statistics are its own

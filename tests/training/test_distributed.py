@@ -42,8 +42,8 @@ SCENARIOS = {
     "undisturbed": ("run", [*TINY, "train.ema=0.9", "model.drop_rate=0.2", "output=FOLDER/undisturbed"]),
     "stopped": ("stop", [*TINY, "train.ema=0.9", "model.drop_rate=0.2", "output=FOLDER/stopped"]),
     "resumed": ("resume", [*TINY, "train.ema=0.9", "model.drop_rate=0.2", "output=FOLDER/stopped"]),
-    "no_number": ("no_number", [*TINY, "data.augment=[]"]),
-    "no_number_skipped": ("no_number", [*TINY, "data.augment=[]", "train.nonfinite=skip"]),
+    "non_finite": ("non_finite", [*TINY, "data.augment=[]"]),
+    "non_finite_skipped": ("non_finite", [*TINY, "data.augment=[]", "train.nonfinite=skip"]),
 }
 
 
@@ -82,7 +82,7 @@ def outcome(tmp_path_factory):
 def test_two_processes_train_as_one_does(outcome, name):
     (one,), two = outcome(name, 1), outcome(name, 2)
     torch.manual_seed(0)
-    before = processes.without_norms().state_dict()
+    before = processes.without_norm_layers().state_dict()
     moved = [(one["weights"][name] - before[name]).abs().max() for name in before]
     assert max(moved) > 0.01  # there was something to disagree about
     for other in two:
@@ -128,8 +128,8 @@ def test_a_run_of_two_processes_that_is_stopped_goes_on_to_the_same_bits(outcome
         )
 
 
-def test_a_loss_that_is_no_number_in_one_of_two_processes(outcome):
-    stopped, skipped = outcome("no_number", 2), outcome("no_number_skipped", 2)
+def test_a_loss_that_is_non_finite_in_one_of_two_processes(outcome):
+    stopped, skipped = outcome("non_finite", 2), outcome("non_finite_skipped", 2)
     assert stopped[0] == stopped[1]
     assert "the loss is nan at step 2 (epoch 1, batch 2), of the images" in stopped[0]["error"]
     assert "and 147 more" in stopped[0]["error"]  # of the one process's 150
@@ -238,7 +238,7 @@ def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
     assert app.main() == 2
     assert "sweep takes one process, and 2 were started" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")  # the other one leaves the telling to the first
-    monkeypatch.delitem(sys.modules, "dgc_fastai.training.distributed", raising=False)
+    monkeypatch.delitem(sys.modules, "dgc_fastai.training.collectives", raising=False)
     assert app.main() == 2
     assert not capsys.readouterr().err
 

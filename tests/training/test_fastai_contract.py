@@ -84,15 +84,15 @@ def test_gates_that_have_closed_can_stay_closed(dls):
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(1, 1e-3)
     assert set(watch.inactive) == {0.75}
-    assert learn.recorder.metric_names[-4:] == ["inactive", "lasso", "lr", "time"]
+    assert learn.recorder.metric_names[-4:] == ["inactive", "gate_penalty", "lr", "time"]
 
 
 def test_dgc_learner_builds_the_paper_s_network(dls, tmp_path):
-    learn = dgc_learner(dls, "dgc_densenet22", gate_factor=0.5, lasso=1e-3, metrics=accuracy, wd=0.1, **TINY)
+    learn = dgc_learner(dls, "dgc_densenet22", gate_factor=0.5, lasso_weight=1e-3, metrics=accuracy, wd=0.1, **TINY)
     assert isinstance(learn.model.get_classifier(), torch.nn.Linear)
     assert learn.model.get_classifier().out_features == 2
     assert {layer.gate_factor for layer in dgc_layers(learn.model)} == {0.5}
-    assert learn.anneal_gates.lasso == 1e-3 and learn.wd == 0.1
+    assert learn.anneal_gates.lasso_weight == 1e-3 and learn.wd == 0.1
     (norm,) = dls.after_batch.fs.filter(lambda f: isinstance(f, Normalize))
     assert norm.mean.flatten().tolist() == pytest.approx([0.4914, 0.4824, 0.4467])
     body, head = learn.splitter(learn.model)

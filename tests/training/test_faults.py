@@ -22,8 +22,8 @@ from dgc_fastai import load_recipe
 from dgc_fastai.analysis.benchmark import benchmark, benchmark_folder
 from dgc_fastai.analysis.timing import Measurement, Variant
 from dgc_fastai.inference.predict import Predictor
-from dgc_fastai.training.resume import read_state
 from dgc_fastai.training.run import TrainingRun
+from dgc_fastai.training.state_file import read_state
 from dgc_fastai.utils.errors import CheckpointError, UserError, WriteError
 from helpers import QUICKSTART, ROOT
 from helpers.command_line import only
@@ -247,7 +247,7 @@ def test_states_and_weights_cut_short_or_with_a_wrong_byte(stopped, tmp_path):
     state, weights = (run / "state.pt").read_bytes(), (run / "last.safetensors").read_bytes()
     path = tmp_path / "damaged"
     for whole, read, message in (
-        (state, read_state, "cannot go on from it"), (weights, Predictor.from_weights, "cannot tell its network")
+        (state, read_state, "cannot resume from it"), (weights, Predictor.from_weights, "cannot tell its network")
     ):  # fmt: skip
         for length in (0, 1, 8, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(50))):
             path.write_bytes(whole[:length])
@@ -289,7 +289,7 @@ def test_a_damaged_state_stops_the_resumption_and_loses_nothing(app, stopped, tm
         before = content(run)
         text = app(run / "recipe.yaml", f"output={tmp_path}/runs", "--resume", expect=2)
         assert re.fullmatch(
-            rf"error: {whole}: cannot go on from it: .*; move it away, and --resume takes the next older run, or "
+            rf"error: {whole}: cannot resume from it: .*; move it away, and --resume takes the next older run, or "
             "starts one\n", text
         ), text  # fmt: skip
         assert content(run) == before

@@ -282,7 +282,7 @@ def test_channels_last_and_compile_train_the_same_network():
             torch.testing.assert_close(learn.model.state_dict()[name], value, rtol=1e-2, atol=1e-3)
 
 
-class NoNumber(Callback):
+class NonFinite(Callback):
     """A loss that is no number, from some batches, which leave their traces in the norms."""
 
     order = 4  # before anybody looks at it
@@ -312,7 +312,7 @@ class Weights(Callback):
 
 def test_a_loss_that_is_no_number_stops_the_training():
     with pytest.raises(TrainingError) as error:
-        trained("train.epochs=2", callbacks=[NoNumber({(1, 2)})])
+        trained("train.epochs=2", callbacks=[NonFinite({(1, 2)})])
     text = str(error.value)
     assert "the loss is nan at step 7 (epoch 2, batch 3), of the images" in text and "and 397 more" in text
     assert "use a smaller train.lr" in text
@@ -323,7 +323,7 @@ def test_the_images_of_a_bad_batch_are_named(tmp_path):
     data = "data.name=imagenet", f"data.path={tmp_path}", "data.size=32", "data.batch_size=4", "train.epochs=1"
     recipe = load_recipe(QUICKSTART, [*TINY, *data])
     learn = build_learner(recipe)
-    learn.add_cb(NoNumber({(0, 1)}))
+    learn.add_cb(NonFinite({(0, 1)}))
     with learn.no_bar(), learn.no_logging(), pytest.raises(TrainingError):
         learn.fit_recipe()
     files = learn.dls.train_ds.items
@@ -333,14 +333,14 @@ def test_the_images_of_a_bad_batch_are_named(tmp_path):
 
 def test_a_batch_without_a_finite_loss_can_be_left_out(caplog):
     watch = Weights()
-    learn = trained("train.epochs=2", "train.nonfinite=skip", "train.ema=0.9", callbacks=[NoNumber({(0, 1)}), watch])
+    learn = trained("train.epochs=2", "train.nonfinite=skip", "train.ema=0.9", callbacks=[NonFinite({(0, 1)}), watch])
     assert equal_states(watch.after[0, 0], watch.after[0, 1])  # neither weights nor statistics
     assert not equal_states(watch.after[0, 1], watch.after[0, 2])
     assert all(tensor.isfinite().all() for tensor in learn.model.state_dict().values())
     assert all(math.isfinite(number) for row in learn.recorder.values for number in row)
     assert "left out a batch: the loss is nan at step 2" in caplog.text
     with pytest.raises(TrainingError, match="as in the 9 batches before"):
-        always = NoNumber({(epoch, batch) for epoch in range(3) for batch in range(4)} - {(0, 0)})
+        always = NonFinite({(epoch, batch) for epoch in range(3) for batch in range(4)} - {(0, 0)})
         trained("train.epochs=3", "train.nonfinite=skip", callbacks=[always])
 
 
@@ -364,12 +364,12 @@ def test_bf16_on_a_cpu_keeps_gates_and_lasso_in_float32():
                     module.register_forward_hook(lambda m, _, y: kinds.setdefault(type(m).__name__, set()).add(y.dtype))
 
         def after_loss(self):
-            kinds.setdefault("lasso", set()).update(layer.penalty.dtype for layer in dgc_layers(self.model))
+            kinds.setdefault("penalty", set()).update(layer.penalty.dtype for layer in dgc_layers(self.model))
 
     exact, learn = (
         trained(f"train.precision={name}", "train.epochs=3", callbacks=[Kinds()]) for name in ("float32", "bf16")
     )
-    assert kinds["HeadGates"] == kinds["lasso"] == {torch.float32} and torch.bfloat16 in kinds["Linear"]
+    assert kinds["HeadGates"] == kinds["penalty"] == {torch.float32} and torch.bfloat16 in kinds["Linear"]
     assert all(weight.dtype is torch.float32 for weight in learn.model.parameters())
     assert learn.recorder.values[-1][1] == pytest.approx(exact.recorder.values[-1][1], abs=0.05)
     assert not torch.is_autocast_enabled("cpu")

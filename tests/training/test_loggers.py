@@ -24,7 +24,7 @@ def test_tensorboard(app, tmp_path):
     history = list(csv.DictReader(open(run / "history.csv")))
     logged = [event.value for event in events.Scalars("top_1")]
     assert logged == pytest.approx([float(row["top_1"]) for row in history])
-    assert {"train_loss", "valid_loss", "inactive", "lasso"} <= set(events.Tags()["scalars"])
+    assert {"train_loss", "valid_loss", "inactive", "gate_penalty"} <= set(events.Tags()["scalars"])
     # Logging changes nothing.
     app(QUICKSTART, *SHORT, f"output={tmp_path}/plain")
     plain = list(csv.DictReader(open(only(tmp_path / "plain") / "history.csv")))

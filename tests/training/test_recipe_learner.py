@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from dgc_fastai import build_learner, load_recipe
 from dgc_fastai.models.factory import network_cost
-from dgc_fastai.training.callbacks.run_files import RunFolder
+from dgc_fastai.training.callbacks.run_recorder import RunRecorder
 from dgc_fastai.training.learner import evaluate
 from helpers import QUICKSTART
 from helpers.command_line import TINY
@@ -17,8 +17,8 @@ from helpers.golden import equal_states
 
 def test_best_is_the_best_of_the_most_closed(tmp_path):
     recipe = load_recipe(QUICKSTART)
-    record = RunFolder(tmp_path, recipe, list("0123456789"), network_cost(recipe.model, 10, (1, 8, 8)))
-    names = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "lasso", "lr", "time"]
+    record = RunRecorder(tmp_path, recipe, list("0123456789"), network_cost(recipe.model, 10, (1, 8, 8)))
+    names = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "gate_penalty", "lr", "time"]
     epochs = [(0.9, 0.0), (0.8, 0.4), (0.7, 0.75), (0.75, 0.75), (0.75, 0.75), (0.6, 0.75)]
     best = []
     for epoch, (top_1, inactive) in enumerate(epochs):
@@ -47,7 +47,7 @@ def test_in_a_notebook_the_same_recipe_gives_a_fastai_learner():
         learn.fit_one_cycle(1, 1e-2)
         learn.show_results(max_n=4)
     assert learn.recorder.metric_names[1:-1] == [
-        "train_loss", "valid_loss", "top_1", "top_5", "inactive", "lasso", "lr",
+        "train_loss", "valid_loss", "top_1", "top_5", "inactive", "gate_penalty", "lr",
     ]  # fmt: skip
     assert "progress" in [cb.name for cb in learn.cbs]
     result = evaluate(learn)

@@ -14,9 +14,9 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
 from dgc_fastai import load_recipe
-from dgc_fastai.training.resume import read_state
 from dgc_fastai.training.run import TrainingRun
-from dgc_fastai.training.run_folder import interrupted_run, run_to_go_on_with
+from dgc_fastai.training.run_folder import find_resumable_run, interrupted_run
+from dgc_fastai.training.state_file import read_state
 from dgc_fastai.utils.errors import CheckpointError, TrainingError
 from dgc_fastai.utils.files import file_lock
 from helpers import QUICKSTART, ROOT
@@ -174,13 +174,13 @@ def test_a_damaged_state_is_named(tmp_path):
     whole = path.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"hello"):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="state.pt: cannot go on from it"):
+        with pytest.raises(CheckpointError, match="state.pt: cannot resume from it"):
             start([f"output={tmp_path}"], resume=True)
     torch.save({"format": 0}, path)
-    with pytest.raises(CheckpointError, match="not a state that this version wrote"):
+    with pytest.raises(CheckpointError, match="another version wrote it .format 0; this one reads 3"):
         read_state(path)
-    torch.save({"format": 1, "code": Path}, path)
-    with pytest.raises(CheckpointError, match="cannot go on from it"):
+    torch.save({"format": 3, "code": Path}, path)
+    with pytest.raises(CheckpointError, match="cannot resume from it"):
         read_state(path)
 
 
@@ -195,7 +195,7 @@ def test_every_nth_epoch_is_kept(tmp_path):
 
 
 def test_a_run_whose_loss_is_no_number_names_what_is_left(tmp_path):
-    class NoNumber(Callback):
+    class NonFinite(Callback):
         order = 4
 
         def after_loss(self):
@@ -203,7 +203,7 @@ def test_a_run_whose_loss_is_no_number_names_what_is_left(tmp_path):
                 self.learn.loss = self.learn.loss * float("nan")
 
     with pytest.raises(TrainingError) as error:
-        start([f"output={tmp_path}"], callback=NoNumber())
+        start([f"output={tmp_path}"], callback=NonFinite())
     (folder,) = tmp_path.iterdir()
     assert "step 6 (epoch 2, batch 1)" in str(error.value)
     assert f"the last good weights are {folder / 'last.safetensors'}, of epoch 1" in str(error.value)
@@ -222,8 +222,8 @@ def test_after_a_restart_a_launch_finds_the_run_that_it_had_taken(tmp_path, monk
     start([output], resume=True, callback=StopAt(1, 2))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     recipe = load_recipe(QUICKSTART, [*TINY, output])
-    assert run_to_go_on_with(recipe, resume=False)[0] == folder  # though it was the first that made it
+    assert find_resumable_run(recipe, resume=False)[0] == folder  # though it was the first that made it
     other = load_recipe(QUICKSTART, [*TINY, output, "train.seed=1"])
-    assert run_to_go_on_with(other, resume=False)[0] is None
+    assert find_resumable_run(other, resume=False)[0] is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "third")
-    assert run_to_go_on_with(recipe, resume=False)[0] is None
+    assert find_resumable_run(recipe, resume=False)[0] is None

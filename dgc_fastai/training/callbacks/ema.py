@@ -1,25 +1,32 @@
 """Averaged weights."""
 
+from typing import Any, Optional
+
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from timm.utils import ModelEmaV3
 
+from .distributed import average_buffers
+from .order import AVERAGE_WEIGHTS
+
 
 class AverageWeights(Callback):
-    """Averages the weights over the steps, exponentially; validates, and ends the fit, with the average.
+    """Keeps an exponential average of the weights over the steps; validates with it, and ends the fit with it.
 
-    timm's ModelEmaV3, whose decay grows to `decay`, so that short runs do not average their first steps in. Gate
-    progress is a count, and is copied.
+    timm's ModelEmaV3, whose decay grows to `decay`, so that a short run's average does not keep its first steps. The
+    number of inactive channels is an integer, and is copied.
 
     Args:
-        decay: share of the average that a step leaves as it was, such as 0.999.
+        decay: share of the average that a step keeps, such as 0.999.
     """
 
-    order = 20  # after MixedPrecision (10)
+    order = AVERAGE_WEIGHTS
+    state_key = "average_weights"
 
     def __init__(self, decay: float):
-        self.decay, self.average = decay, None
+        self.decay = decay
+        self.average: Optional[ModelEmaV3] = None
 
     @property
     def averaged(self) -> torch.nn.Module:
@@ -30,7 +37,7 @@ class AverageWeights(Callback):
         self.average, self.updates = None, 0
 
     def before_train(self):
-        if self.average is None:  # not where a fit is announced to validate only
+        if self.average is None:  # not in before_fit, which fastai also calls to validate only
             self.average = ModelEmaV3(get_model(self.model), self.decay, use_warmup=True)
         self.training_model = self.model
 
@@ -53,3 +60,13 @@ class AverageWeights(Callback):
             self.learn.model = get_model(self.training_model)  # a fit can be cancelled while it validates
             self.model.load_state_dict(self.average.module.state_dict())
             self.average = None
+
+    def average_over_processes(self) -> None:
+        average_buffers(self.average.module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "weights": self.average.module.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        self.average.module.load_state_dict(state["weights"])

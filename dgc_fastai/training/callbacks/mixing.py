@@ -1,11 +1,11 @@
-"""MixUp and CutMix."""
+"""MixUp and CutMix together."""
 
 import torch
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
 
 
 class MixUpOrCutMix(MixHandler):
-    """fastai's MixUp or its CutMix, whichever a coin says, batch by batch.
+    """fastai's MixUp or its CutMix, chosen for each batch with equal probability.
 
     Args:
         mixup, cutmix: alpha of each one's beta distribution.

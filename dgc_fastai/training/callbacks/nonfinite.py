@@ -3,27 +3,30 @@
 import json
 import logging
 import math
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 
 from ...utils import launch
-from ..distributed import gather, largest
+from ..collectives import all_gather_bytes, all_reduce_max
+from .order import NON_FINITE_LOSS
 
 
 class NonFiniteLoss(Callback):
-    """Ends a fit at a loss that is infinite or no number, or leaves that batch out.
+    """Ends a fit at a loss of NaN or Inf, or skips that batch.
 
-    A batch that is left out changes neither weights nor the statistics of norms. When `MOST` come in a row it is the
-    weights that are broken, and the fit ends. Of several processes, all do the same. After a fit that has ended so,
-    `problem` says why, and `images` are the names of the batch's images.
+    A skipped batch changes neither weights nor the statistics of normalization layers. After `MAX_IN_A_ROW` such
+    batches it is the weights that are broken, and the fit ends. Several processes all do the same. After a fit that has
+    ended so, `problem` is the reason, and `images` are the names of the batch's images.
 
     Args:
-        skip: leave such batches out.
+        skip: skip such batches.
     """
 
-    order = 51  # after MixedPrecision (10) has left autocast, and Recorder (50) has waited for the loss anyway
-    MOST = 10
+    order = NON_FINITE_LOSS
+    state_key = "non_finite_loss"
+    MAX_IN_A_ROW = 10
 
     def __init__(self, skip: bool = False):
         self.skip = skip
@@ -33,43 +36,49 @@ class NonFiniteLoss(Callback):
 
     def before_batch(self):
         if self.training and self.skip:
-            self.buffers = [(one, one.clone()) for one in self.model.buffers()]
+            self.saved_buffers = [(one, one.clone()) for one in self.model.buffers()]
 
     def after_loss(self):
         if not (self.training and self.skip):
             return
-        self.in_a_row = self.in_a_row + 1 if largest(int(not self.loss.isfinite())) else 0
+        self.in_a_row = self.in_a_row + 1 if all_reduce_max(int(not self.loss.isfinite())) else 0
         if not self.in_a_row:
             return
         problem, images = self._describe()
-        if self.in_a_row == self.MOST:
-            self._end(f"{problem}, as in the {self.MOST - 1} batches before", images)
+        if self.in_a_row == self.MAX_IN_A_ROW:
+            self._end(f"{problem}, as in the {self.MAX_IN_A_ROW - 1} batches before", images)
         if launch.is_main_process():
-            logging.getLogger(__name__).warning("left out a batch: %s", problem)
+            logging.getLogger(__name__).warning("skipped a batch: %s", problem)
         with torch.no_grad():
-            for one, before in self.buffers:
-                one.copy_(before)
-        self.learn.yb = ()  # Recorder is to take nothing in
+            for one, saved in self.saved_buffers:
+                one.copy_(saved)
+        self.learn.yb = ()  # so that Recorder ignores the batch
         raise CancelBatchException
 
     def after_batch(self):
-        # Recorder's loss is the mean of all processes' losses, so all of them come here.
+        # The logged loss is smoothed and reduced over processes, so all processes come here together.
         if self.training and not self.skip and not math.isfinite(self.recorder.smooth_loss.val):
             self._end(*self._describe())
 
     def after_train(self):
         if not torch.stack([weight.isfinite().all() for weight in self.model.parameters()]).all():
-            self._end(f"the weights are not finite any more at the end of epoch {self.epoch + 1}", [])
+            self._end(f"the weights are NaN or Inf at the end of epoch {self.epoch + 1}", [])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.in_a_row = state["in_a_row"]
 
     def _end(self, problem: str, images: list[str]):
         self.problem, self.images = problem, images
         raise CancelFitException
 
     def _describe(self) -> tuple[str, list[str]]:
-        """What is wrong with this batch, and the images of those processes where something is."""
+        """What is wrong with this batch, and the images of those processes where it is."""
         loss = float(self.loss)
-        mine = [] if math.isfinite(loss) else self.dls.train.batch_names(self.iter)
-        parts = [json.loads(part) for part in gather(json.dumps([str(loss), mine]).encode())]
+        own = [] if math.isfinite(loss) else self.dls.train.batch_names(self.iter)
+        parts = [json.loads(part) for part in all_gather_bytes(json.dumps([str(loss), own]).encode())]
         images = [name for _, names in parts for name in names]
         shown = ", ".join(images[:3]) + (f" and {len(images) - 3} more" if len(images) > 3 else "")
         loss = next(loss for loss, names in parts if names)

@@ -8,6 +8,8 @@ from fastai.callback.core import Callback
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .order import SHOW_ROW
+
 HEARTBEAT = 60  # seconds between lines within an epoch, where there is no live bar
 
 
@@ -15,7 +17,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-# A column of the epoch table: the recorder's name, the heading, how to write a value.
+# Columns of the epoch table: the recorder's name, the heading, the format of a value.
 COLUMNS = [
     ("epoch", "epoch", str),
     ("train_loss", "train loss", "{:.4f}".format),
@@ -23,7 +25,7 @@ COLUMNS = [
     ("top_1", "top-1", _percent),
     ("top_5", "top-5", _percent),
     ("inactive", "inactive", _percent),
-    ("lasso", "lasso", "{:.2f}".format),
+    ("gate_penalty", "penalty", "{:.2f}".format),
     ("lr", "lr", "{:.2e}".format),
     ("seconds", "time", "{:.1f} s".format),
 ]
@@ -32,16 +34,16 @@ COLUMNS = [
 class TrainingDisplay(Callback):
     """Live bars on a terminal, plain lines elsewhere, and a line of numbers for each epoch.
 
-    Takes the place of fastai's ProgressCallback. The numbers come from `rows`, which the run folder fills.
+    It replaces fastai's ProgressCallback. The numbers come from `rows`, which `RunRecorder` extends.
 
     Args:
         console: where to print.
-        rows: one dictionary an epoch, keyed as `COLUMNS` is.
-        print_every: batches between lines within an epoch; by default there is one a minute, and none where
-            there is a live bar.
+        rows: a dictionary for each epoch, with the keys of `COLUMNS`; None to show bars only.
+        print_every: batches between lines within an epoch; by default, one line a minute, or none where there is a
+            live bar.
     """
 
-    order = 75  # after the row of the epoch is made
+    order = SHOW_ROW
 
     def __init__(
         self, console: Console, rows: Optional[list[dict[str, Any]]] = None, print_every: Optional[int] = None
@@ -66,7 +68,7 @@ class TrainingDisplay(Callback):
             self._print([heading for _, heading, _ in COLUMNS], style="bold")
 
     def before_train(self):
-        self._begin("epoch {} of {}".format(self.epoch + 1, self.n_epoch), len(self.dls.train))
+        self._begin(f"epoch {self.epoch + 1} of {self.n_epoch}", len(self.dls.train))
 
     def before_validate(self):
         self._begin("validating", len(self.dl))
@@ -83,7 +85,7 @@ class TrainingDisplay(Callback):
             if self.training:
                 before = self.epoch * self.steps
                 self.bars.update(self.whole, total=self.n_epoch * self.steps, completed=before + done)
-            if now - self.beat > 0.5:  # reading the loss waits for the device, so not at every step
+            if now - self.beat > 0.5:  # not at every step, because reading the loss waits for the device
                 self.beat = now
                 self.bars.update(self.part, note=f"loss {float(self.smooth_loss):.4f}" if self.training else "")
         if done % self.print_every == 0 if self.print_every else not self.bars and now - self.beat > HEARTBEAT:
@@ -101,7 +103,7 @@ class TrainingDisplay(Callback):
         self.close()
 
     def close(self):
-        """Take the bars away; also after an interrupt, which fastai reports to no callback."""
+        """Remove the bars; also to be called after an interrupt, which fastai reports to no callback."""
         if self.bars:
             self.bars.stop()
             self.bars = None

@@ -1,4 +1,4 @@
-"""The files of a run, kept up to date."""
+"""Recording a run in its folder."""
 
 import json
 import time
@@ -12,16 +12,20 @@ from fastai.torch_core import get_model
 from ...models.checkpoints import save_checkpoint
 from ...models.cost import Budget
 from ...recipe.schema import Recipe
+from ...utils import launch
 from ...utils.files import write_atomically, write_table
 from ..curves import draw_curves
+from .order import RUN_RECORDER
 
 
-class RunFolder(Callback):
-    """Keeps a run's folder up to date: after every epoch its history, summary, last and best weights; its curves
-    at times, and at the end.
+class RunRecorder(Callback):
+    """Keeps a row of numbers for each epoch, and the run's folder up to date.
 
-    The best weights are those of the highest top-1 among the epochs with the most channels inactive: a
-    network whose gates are still open is another, dearer one.
+    After every epoch it writes the history, the summary, and the last and best weights; the curves from time to time,
+    and at the end. All processes keep the rows; the main one writes.
+
+    The best weights are those of the highest top-1 among the epochs with the most inactive channels: a network whose
+    gates are still open is a different, costlier one.
 
     Args:
         folder: an existing folder.
@@ -30,13 +34,14 @@ class RunFolder(Callback):
         cost: of the network.
     """
 
-    order = 70  # after Recorder (50)
+    order = RUN_RECORDER
+    state_key = "run"
 
     def __init__(self, folder: Path, recipe: Recipe, classes: Sequence[str], cost: Budget):
         self.folder, self.recipe = folder, recipe
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
-        self.drawn, self.drawing = self.started, 1.0  # a first guess
+        self.drawn_at, self.drawing_time = self.started, 1.0  # a first guess
         self.metadata = {"recipe": recipe.to_yaml(), "classes": json.dumps(list(classes)), "format": "pt"}
         self.summary = {
             "name": recipe.name,
@@ -55,8 +60,24 @@ class RunFolder(Callback):
         row["epoch"] = self.epoch + 1
         row["seconds"] = round(time.monotonic() - self.started, 3)
         self.rows.append(row)
+        if launch.is_main_process():
+            self._write(row)
+        self.started = time.monotonic()  # of the next epoch, whose state may be saved now
+
+    def after_fit(self):
+        if self.rows and launch.is_main_process():
+            self._draw()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "elapsed": time.monotonic() - self.started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows[:] = state["rows"]  # in place: the display shows this list
+        self.started = time.monotonic() - state["elapsed"]
+
+    def _write(self, row: dict[str, Any]) -> None:
         write_table(self.folder / "history.csv", self.rows)
-        if time.monotonic() - self.drawn > 20 * self.drawing:  # short epochs are not to wait for pictures
+        if time.monotonic() - self.drawn_at > 20 * self.drawing_time:  # drawing takes at most 5 % of short epochs
             self._draw()
         average = getattr(self, "average_weights", None)
         network = average.averaged if average else get_model(self.model)
@@ -77,11 +98,8 @@ class RunFolder(Callback):
         )
         write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
 
-    def after_fit(self):
-        if self.rows:
-            self._draw()
-
     def _draw(self) -> None:
         began = time.monotonic()
         write_atomically(self.folder / "curves.png", draw_curves(self.rows, self.recipe.name))
-        self.drawn, self.drawing = time.monotonic(), time.monotonic() - began
+        self.drawn_at = time.monotonic()
+        self.drawing_time = self.drawn_at - began
