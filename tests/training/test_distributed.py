@@ -236,7 +236,7 @@ def test_commands_for_one_process_refuse_several(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["app.py", "sweep", str(ROOT / "recipes/quickstart.yaml"), "train.epochs=1,2"])
     assert app.main() == 2
-    assert "sweep takes one process, and 2 were started" in capsys.readouterr().err
+    assert "sweep runs in one process, and 2 were started" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")  # the other one leaves the telling to the first
     monkeypatch.delitem(sys.modules, "dgc_fastai.training.collectives", raising=False)
     assert app.main() == 2
