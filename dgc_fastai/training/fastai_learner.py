@@ -32,8 +32,8 @@ def dgc_learner(
 ) -> Learner:
     """fastai's `vision_learner` for DGC networks, with `AnnealGates` and the paper's head: pooling, one linear layer.
 
-    `learn.model` is a timm model: `load_checkpoint`, `budget` and timm's own tools accept it. Body and classifier are two
-    parameter groups, for `fine_tune`, `freeze` and a `slice` of learning rates.
+    `learn.model` is a timm model: `load_checkpoint`, `budget` and timm's own tools accept it. Body and classifier
+    are two parameter groups, for `fine_tune`, `freeze` and a `slice` of learning rates.
 
     Args:
         dls: images [B, n_in, H, W] and their classes.
