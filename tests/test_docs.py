@@ -161,6 +161,12 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_have_as_many_cells_in_every_row(page):
+    for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text(), re.M):
+        assert len({row.count("|") for row in table.splitlines()}) == 1, table
+
+
 def test_every_page_is_reached_from_the_readme():
     reached, waiting = set(), [README]
     while waiting:
