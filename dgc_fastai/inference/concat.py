@@ -3,11 +3,13 @@
 As separate tensors their sizes add up to the square of the length of the chain.
 """
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
-import torch.nn as nn
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .modules import DeployedGroupConv2d
 
 __all__ = ["Concatenation", "append", "append_result", "start"]
 
@@ -36,6 +38,7 @@ class Concatenation:
         if place is None or y.dtype != place.dtype:  # autocast: concatenation promotes types
             self.room, self.value = None, torch.cat([self.value, y], 1)
             return self.value
+        assert self.room is not None
         if y is not place:
             place.copy_(y)
         self.value = self.room.narrow(1, 0, self.value.shape[1] + y.shape[1])
@@ -52,7 +55,7 @@ def append(chain: Concatenation, y: Tensor) -> Tensor:
     return chain.extend(y, chain.place(y.shape[1]))
 
 
-def append_result(chain: Concatenation, conv: nn.Module, x: Tensor) -> Tensor:
+def append_result(chain: Concatenation, conv: "DeployedGroupConv2d", x: Tensor) -> Tensor:
     """As `append(chain, conv(x))`, for a convolution that writes its result to where it is told."""
     place = chain.place(conv.out_channels)
     return chain.extend(conv(x, place), place)

@@ -50,6 +50,7 @@ def deploy(model: nn.Module) -> nn.Module:
     for conv in list(root.modules()):
         if not is_plain(conv, nn.Conv2d, GroupConv2d):
             continue
+        assert isinstance(conv, nn.Conv2d)
         if conv.groups == 1:
             # oneDNN's convolutions and PyTorch's pooling are faster in this format, even for one image.
             conv.to(memory_format=torch.channels_last)

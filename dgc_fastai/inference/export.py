@@ -13,7 +13,6 @@ from ..utils.files import write_atomically
 from .deploy import deploy
 from .predict import Predictor
 
-
 __all__ = ["export"]
 
 Run = Callable[[Tensor], Tensor]
@@ -80,6 +79,7 @@ def _onnx(predictor: Predictor, model: nn.Module, images: Tensor) -> tuple[bytes
     except torch.onnx.errors.OnnxExporterError as error:  # many lines, the reason among the last
         reason = next((line for line in str(error).splitlines() if "Error'>:" in line), type(error).__name__)
         raise UserError(f"cannot be written as ONNX: {reason}; a newer onnxscript may know how") from None
+    assert program is not None  # it is with dynamo=True
     graph = program.model_proto
     onnx.helper.set_model_props(graph, predictor.metadata())
     content = graph.SerializeToString()

@@ -9,7 +9,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, Optional, TypeGuard
 
 import torch
 import torch.fx as fx
@@ -130,21 +130,21 @@ class Network:
 
     # Questions
 
-    def module(self, node: Optional[Node]) -> Optional[nn.Module]:
-        """What a node calls, if that is a module."""
-        return self.root.get_submodule(node.target) if node is not None and node.op == "call_module" else None
+    def module(self, node: Optional[Node]) -> Any:
+        """The module that a node calls, or None."""
+        return self.root.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
 
     def calls(self, *kinds: type) -> list[Node]:
         """The nodes that call a module of one of these kinds, without hooks, which is called nowhere else."""
         count = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
         return [node for node in self.graph.nodes if count[node.target] == 1 and self.is_call(node, *kinds)]
 
-    def is_call(self, node: Optional[Node], *kinds: type) -> bool:
+    def is_call(self, node: Optional[Node], *kinds: type) -> TypeGuard[Node]:
         """Whether a node calls a module of one of these kinds, without hooks, with one tensor."""
         module = self.module(node)
-        return module is not None and is_plain(module, *kinds) and _is_unary(node)
+        return node is not None and module is not None and is_plain(module, *kinds) and _is_unary(node)
 
-    def is_relu(self, node: Optional[Node]) -> bool:
+    def is_relu(self, node: Optional[Node]) -> TypeGuard[Node]:
         if node is None or node.op == "call_module":
             return self.is_call(node, nn.ReLU)
         if not node.args or not isinstance(node.args[0], Node):
@@ -158,7 +158,7 @@ class Network:
     def source(self, node: Node) -> Node:
         """The node that computes a value, before any identities."""
         while self.is_identity(node):
-            node = node.args[0]
+            node = node.all_input_nodes[0]
         return node
 
     def reader(self, node: Node) -> Optional[Node]:
@@ -198,8 +198,10 @@ class Network:
         if self._is_only_call(node):
             replace_module(self.root, self.module(node), nn.Identity())
             return
-        self.changed.add(self.part(node).path)
-        node.replace_all_uses_with(node.args[0])
+        part = self.part(node)
+        assert part is not None, "can_skip says so"
+        self.changed.add(part.path)
+        node.replace_all_uses_with(node.all_input_nodes[0])
         self.graph.erase_node(node)
 
     def insert(self, part: Part, before: Node, kind: str, target: Any, *args: Any) -> Node:
@@ -220,7 +222,7 @@ class Network:
             if node.op == "placeholder" or node.users:
                 continue
             if node.target in (enter, leave):
-                self.parts.pop(node.args[1], None)
+                self.parts.pop(str(node.args[1]), None)
             unread |= set(node.all_input_nodes)
             self.graph.erase_node(node)
 
@@ -243,7 +245,7 @@ class Network:
         marks: dict[str, list[Node]] = {}
         for node in self.graph.nodes:
             if node.target in (enter, leave):
-                marks.setdefault(node.args[1], []).append(node)
+                marks.setdefault(str(node.args[1]), []).append(node)
         for path, nodes in marks.items():
             if [node.target for node in nodes] == [enter, leave]:  # called once, with one result
                 part = Part(path, *nodes)
@@ -267,7 +269,7 @@ class Network:
                 return False
             if node.op == "call_module" and id(self.module(node)) not in modules:
                 return False
-            if node.op == "get_attr" and not node.target.startswith(f"{part.path}."):
+            if node.op == "get_attr" and not str(node.target).startswith(f"{part.path}."):
                 return False
         return True
 
@@ -288,17 +290,18 @@ class Network:
         values = {part.first: graph.placeholder("x")}
         for node in self._nodes(part):
             if self.is_identity(node):
-                values[node] = values[node.args[0]]
+                values[node] = values[node.all_input_nodes[0]]
                 continue
             target = node.target
             if node.op == "call_module":
                 target = names[id(self.module(node))]
             elif node.op == "get_attr":
-                target = target.removeprefix(f"{part.path}.")
-            args, kwargs = (fx.node.map_arg(arguments, values.__getitem__) for arguments in (node.args, node.kwargs))
+                target = str(target).removeprefix(f"{part.path}.")
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
             values[node] = graph.create_node(node.op, target, args, kwargs)
             values[node].meta.update(node.meta)
-        graph.output(values[part.last.args[0]])
+        graph.output(values[part.last.all_input_nodes[0]])
         rewritten = fx.GraphModule(module, graph, f"Deployed{type(module).__name__}")
         for name, value in vars(module).items():  # such as the number of classes
             if not name.startswith("_") and not hasattr(rewritten, name):

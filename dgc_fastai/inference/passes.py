@@ -3,7 +3,7 @@ convolutions, and concatenations are made in place."""
 
 import operator
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -35,7 +35,7 @@ def fold_norms(network: Network) -> None:
             conv.fold_norm(norm)
         else:
             replace_module(network.root, conv, fuse_conv_bn_eval(conv, norm))
-        rest = nn.Identity()
+        rest: nn.Module = nn.Identity()
         if isinstance(norm, BatchNormAct2d):  # timm's, with an activation of its own
             rest = norm.act if type(norm.drop) is nn.Identity else nn.Sequential(norm.drop, norm.act)
         replace_module(network.root, norm, rest)
@@ -57,7 +57,7 @@ def fold_pooling(network: Network) -> None:
         if conv.groups > 1 or conv.in_channels > STEM_CHANNELS or not is_zero_padded(conv):
             continue
         pool = network.reader(relu) if network.is_relu(relu) else None
-        if network.is_call(pool, nn.MaxPool2d) and _is_usual(network.module(pool)):
+        if relu is not None and network.is_call(pool, nn.MaxPool2d) and _is_usual(network.module(pool)):
             if network.can_skip(relu) and network.can_skip(pool):
                 replace_module(network.root, conv, DeployedStem(conv))
                 network.skip(relu)
@@ -135,15 +135,17 @@ def concatenate_in_place(network: Network) -> None:
     for chain in _find_chains(network):
         part = network.part(*(cat for cat, _ in chain.cats))
         channels = [_channels(network, node) for node in chain.sources[1:]]
-        if part and len(chain.cats) > 1 and None not in channels and _can_share(network, chain):
-            _write_in_place(network, part, chain, sum(channels))
+        known = [count for count in channels if count is not None]
+        if part and len(chain.cats) > 1 and len(known) == len(channels) and _can_share(network, chain):
+            _write_in_place(network, part, chain, sum(known))
 
 
 def _concatenated(node: Node) -> Optional[list[Node]]:
     """The arguments of a concatenation of channels."""
     if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
         return None
-    tensors, *dim = (*node.args, *node.kwargs.values())
+    arguments: list[Any] = [*node.args, *node.kwargs.values()]
+    tensors, *dim = arguments
     nodes = isinstance(tensors, (list, tuple)) and all(isinstance(tensor, Node) for tensor in tensors)
     return list(tensors) if nodes and dim == [1] else None
 
@@ -155,7 +157,8 @@ def _find_chains(network: Network) -> list[_Chain]:
         tensors = _concatenated(node)
         if tensors is None:
             continue
-        arguments, sources = [], []
+        arguments: list[Node] = []
+        sources: list[Node] = []
         for tensor in tensors:
             source = network.source(tensor)
             more = known.get(source, ([tensor], [source]))
@@ -179,9 +182,9 @@ def _channels(network: Network, node: Node) -> Optional[int]:
     node = network.source(node)
     module = network.module(node)
     if isinstance(module, CONVOLUTIONS):
-        return module.weight.shape[0]
+        return network.module(node).weight.shape[0]
     if isinstance(module, NORMS) or network.is_relu(node):
-        return _channels(network, node.args[0])
+        return _channels(network, node.all_input_nodes[0])
     return None
 
 
@@ -211,7 +214,7 @@ def _write_in_place(network: Network, part: Part, chain: _Chain, added: int) -> 
                 buffer = network.insert(part, at, "call_function", concat.start, value, added)
             if is_writer:
                 conv = network.insert(part, at, "get_attr", source.target)
-                arguments = concat.append_result, buffer, conv, source.args[0]
+                arguments: tuple[Any, ...] = concat.append_result, buffer, conv, source.args[0]
             else:
                 arguments = concat.append, buffer, argument
             value, place = network.insert(part, at, "call_function", *arguments), order[at]

@@ -179,9 +179,8 @@ class DGCDenseNet(GatedModel):
             block.conv = connect(cast(nn.Conv2d, block.conv), connection, **gating)
             return block
 
-        grouped = (
-            GroupConv2d if connection == "dgc" else nn.Conv2d
-        )  # baselines are trained by PyTorch's operators alone
+        # Baselines are trained by PyTorch's operators alone.
+        grouped = GroupConv2d if connection == "dgc" else nn.Conv2d
         channels, reduction = 2 * growth[0], stem_stride
         self.stem = nn.Conv2d(in_chans, channels, 3, stride=stem_stride, padding=1, bias=False)
         self.stages = nn.Sequential()
