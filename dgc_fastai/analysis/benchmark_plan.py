@@ -15,7 +15,7 @@ from ..inference.deploy import deploy
 from ..layers.gate_schedule import dgc_layers, gate_penalty, set_progress
 from ..models.factory import build_model, prepare
 from ..ops.device import select_device, use_device
-from ..ops.gated_conv2d import use_formulation
+from ..ops.selection import use_backend
 from ..recipe.schema import Data, Recipe
 from ..training.learner import assemble
 from ..utils.errors import RecipeError
@@ -169,7 +169,7 @@ def _class_count(data: Data) -> int:
 def _network_state(network: nn.Module, training: bool, progress: float, backend: str | None) -> Iterator[None]:
     network.train(training)
     set_progress(network, progress)
-    with use_formulation(backend):
+    with use_backend(backend):
         yield
     for layer in dgc_layers(network):
         layer.penalty = None  # or the next variant's step would free memory that this one has allocated

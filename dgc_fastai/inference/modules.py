@@ -5,79 +5,27 @@ from typing import Any, Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.dynamic_group_conv import DynamicGroupConv2d
 from ..ops import folded_norm
-from ..ops.backends import cpu, per_sample
-from ..ops.dense import group_conv2d, pack_groups, stem
-from ..ops.layer import gated_layer, pack
+from ..ops.dense import group_conv2d, stem
+from ..ops.kernel import acc_dtype
+from ..ops.layer import gated_layer
+from ..ops.packed_layer import GateWeights, PackedLayer
 
 
-class DeployedConv2d(nn.Module):
-    """What `deploy` makes of a `DynamicGroupConv2d`: [B, C, H, W] -> [B, O, H', W'].
+class _Deployed(nn.Module):
+    """A module whose parameters are packed for the C++ kernel; call `repack` after a change to any of them."""
 
-    Only the weight takes another type with `.to(dtype)`; what is small stays in float32, or float64.
-    """
-
-    scale: Optional[Tensor]
-    shift: Optional[Tensor]
-    bias: Optional[Tensor]
-
-    PACKED = ("packed_weight", "winograd_weight", "packed_excite")
-    SMALL = ("scale", "shift", "squeeze", "excite", "gate_bias", "bias")
-
-    def __init__(self, layer: DynamicGroupConv2d):
-        super().__init__()
-        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-        self.rectify = False
-        scale = shift = None
-        if layer.preact:
-            scale, shift = _folded(layer.norm, layer.weight.dtype)
-        gates = layer.gates
-        tensors = scale, shift, gates.squeeze, gates.excite, gates.bias, layer.bias
-        small = cpu.sums_type(layer.weight.dtype)
-        for name, tensor in zip(self.SMALL, tensors):
-            self.register_buffer(name, None if tensor is None else tensor.detach().to(small).contiguous())
-        self.register_buffer("weight", layer.weight.detach().contiguous())
-        self.register_buffer("inactive_channels", layer.inactive_channels)
-        for name in self.PACKED:
-            self.register_buffer(name, self.weight.new_empty(0), persistent=False)
-
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        """With `residual`, the ReLU of its sum with the result."""
-        if residual is not None and residual.shape != self._output_shape(x):
-            return F.relu(gated_layer(x, *self._arguments) + residual)  # they are broadcast
-        return gated_layer(x, *self._arguments, residual)
-
-    def _output_shape(self, x: Tensor) -> tuple[int, ...]:
-        return per_sample.output_shape(x.shape, self.weight.shape, self.stride, self.padding, self.dilation)
-
-    def fold_norm(self, norm: nn.BatchNorm2d) -> None:
-        """Take a batch norm that follows into the filters and the bias."""
-        scale, shift = _folded(norm, self.weight.dtype)
-        self.weight.mul_(scale.reshape(-1, 1, 1, 1))
-        self.bias = shift.clone() if self.bias is None else self.bias * scale + shift
+    packed: PackedLayer
 
     def repack(self) -> None:
-        """Make what the C++ kernel reads anew."""
-        packed = pack(self.weight, self.squeeze, self.excite, self.stride, self.dilation)
-        for name, tensor in zip(self.PACKED, packed):
-            setattr(self, name, tensor)
-        # Together, since to look up one buffer of a module takes as long as to convolve a few pixels.
-        gating = self.squeeze, self.excite, self.gate_bias, self.inactive_channels
-        geometry = self.stride, self.padding, self.dilation
-        kept = self.weight.shape[1] - int(self.inactive_channels)
-        self._arguments = self.scale, self.shift, *gating, self.weight, self.bias, self.rectify, *geometry, packed, kept
+        """Pack the parameters as they are now."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        small = {name: getattr(self, name) for name in self.SMALL}
         super()._apply(fn, recurse)
-        dtype = cpu.sums_type(self.weight.dtype)
-        for name, before in small.items():
-            if before is not None:
-                setattr(self, name, before.to(self.weight.device, dtype))
         self.repack()
         return self
 
@@ -85,17 +33,91 @@ class DeployedConv2d(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.repack()
 
+
+class DeployedConv2d(_Deployed):
+    """What `deploy` makes of a `DynamicGroupConv2d`: [B, C, H, W] -> [B, O, H', W'].
+
+    `.to(dtype)` converts the weight only; all that is small stays in float32, or float64.
+    """
+
+    scale: Optional[Tensor]
+    shift: Optional[Tensor]
+    bias: Optional[Tensor]
+
+    SMALL = ("scale", "shift", "squeeze", "excite", "gate_bias", "bias")
+
+    def __init__(self, layer: DynamicGroupConv2d):
+        super().__init__()
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self._relu = False
+        scale = shift = None
+        if layer.preact:
+            scale, shift = _folded(layer.norm, layer.weight.dtype)
+        gates = layer.gates
+        tensors = scale, shift, gates.squeeze, gates.excite, gates.bias, layer.bias
+        small = acc_dtype(layer.weight.dtype)
+        for name, tensor in zip(self.SMALL, tensors):
+            self.register_buffer(name, None if tensor is None else tensor.detach().to(small).contiguous())
+        self.register_buffer("weight", layer.weight.detach().contiguous())
+        self.register_buffer("inactive_channels", layer.inactive_channels)
+        self.repack()
+
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """With `residual`, which can be broadcast to [B, O, H', W'], the ReLU of its sum with the result."""
+        return gated_layer(x, self.packed, residual)
+
+    @property
+    def relu(self) -> bool:
+        """Whether a ReLU follows."""
+        return self._relu
+
+    @relu.setter
+    def relu(self, relu: bool) -> None:
+        self._relu = relu
+        self.repack()
+
+    def fold_norm(self, norm: nn.BatchNorm2d) -> None:
+        """Fold a batch norm that follows into the filters and the bias."""
+        scale, shift = _folded(norm, self.weight.dtype)
+        self.weight.mul_(scale.reshape(-1, 1, 1, 1))
+        self.bias = shift.clone() if self.bias is None else self.bias * scale + shift
+        self.repack()
+
+    def repack(self) -> None:
+        self.packed = PackedLayer(
+            self.weight,
+            self.bias,
+            len(self.squeeze),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.relu,
+            self.scale,
+            self.shift,
+            GateWeights(self.squeeze, self.excite, self.gate_bias, self.inactive_channels),
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        small = {name: getattr(self, name) for name in self.SMALL}
+        nn.Module._apply(self, fn, recurse)
+        dtype = acc_dtype(self.weight.dtype)
+        for name, before in small.items():
+            if before is not None:
+                setattr(self, name, before.to(self.weight.device, dtype))
+        self.repack()
+        return self
+
     def extra_repr(self) -> str:
         outputs, channels, *taps = self.weight.shape
-        folded = ", bias=True" * (self.bias is not None) + ", relu=True" * self.rectify
+        folded = ", bias=True" * (self.bias is not None) + ", relu=True" * self.relu
         kernel = "x".join(map(str, taps))
         return (
             f"{channels}, {outputs}, kernel_size={kernel}, stride={self.stride[0]}, heads={len(self.squeeze)}{folded}"
         )
 
 
-class DeployedGroupConv2d(nn.Module):
-    """What `deploy` makes of a group convolution, such as the 3x3 ones of a DenseNet: by the C++ kernel, too."""
+class DeployedGroupConv2d(_Deployed):
+    """What `deploy` makes of a group convolution, such as the 3x3 ones of a DenseNet."""
 
     bias: Optional[Tensor]
 
@@ -105,26 +127,15 @@ class DeployedGroupConv2d(nn.Module):
         self.out_channels = conv.out_channels
         self.register_buffer("weight", conv.weight.detach().contiguous())
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().contiguous())
-        self.register_buffer("packed_weight", self.weight.new_empty(0), persistent=False)
+        self.repack()
 
     def forward(self, x: Tensor, out: Optional[Tensor] = None) -> Tensor:
-        """`out` [B, O, H', W'] is to be the result, if given."""
-        return group_conv2d(x, *self._arguments, out)
+        """`out` [B, O, H', W'] is the tensor to write into, if given."""
+        return group_conv2d(x, self.packed, out)
 
     def repack(self) -> None:
-        """Make what the C++ kernel reads anew."""
-        self.packed_weight = pack_groups(self.weight, self.groups)
         geometry = self.stride, self.padding, self.dilation
-        self._arguments = self.weight, self.bias, self.groups, *geometry, self.packed_weight
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        self.repack()
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.repack()
+        self.packed = PackedLayer(self.weight, self.bias, self.groups, *geometry)
 
 
 class DeployedStem(DeployedGroupConv2d):
@@ -132,15 +143,15 @@ class DeployedStem(DeployedGroupConv2d):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv)
-        self.weight = self.weight.contiguous(memory_format=torch.channels_last)  # for where there is no C++ kernel
+        self.weight = self.weight.contiguous(memory_format=torch.channels_last)  # for the case without the kernel
+        self.repack()
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias, _, *rest = self._arguments
-        return stem(x, weight, bias, *rest)
+        return stem(x, self.packed)
 
 
 def _folded(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    dtype = cpu.sums_type(dtype)
+    dtype = acc_dtype(dtype)
     return folded_norm.affine(norm, norm.running_mean.to(dtype), (norm.running_var.to(dtype) + norm.eps).rsqrt())
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.utils import _pair
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers.group_conv import GroupConv2d
-from ..ops.dense import STEM_CHANNELS
+from ..ops.dense import MAX_STEM_CHANNELS
 from . import concat
 from .graph import CONVOLUTIONS, NORMS, Network, Part, replace_module
 from .modules import DeployedConv2d, DeployedGroupConv2d, DeployedStem
@@ -46,7 +46,7 @@ def fold_relus(network: Network) -> None:
     for node in network.calls(DeployedConv2d):
         relu = network.reader(node)
         if network.is_relu(relu) and network.can_skip(relu):
-            network.module(node).rectify = True
+            network.module(node).relu = True
             network.skip(relu)
 
 
@@ -54,7 +54,7 @@ def fold_pooling(network: Network) -> None:
     """Make a stem of each convolution of images that a ReLU and the usual max pooling follow."""
     for node in network.calls(*PLAIN):
         conv, relu = network.module(node), network.reader(node)
-        if conv.groups > 1 or conv.in_channels > STEM_CHANNELS or not is_zero_padded(conv):
+        if conv.groups > 1 or conv.in_channels > MAX_STEM_CHANNELS or not is_zero_padded(conv):
             continue
         pool = network.reader(relu) if network.is_relu(relu) else None
         if relu is not None and network.is_call(pool, nn.MaxPool2d) and _is_usual(network.module(pool)):
@@ -88,7 +88,7 @@ def fold_residuals(network: Network) -> None:
             node = network.source(branch)
             part = network.part(node, add, relu)
             if part and node in layers and network.reader(node) is add and _can_wait(network, node, relu):
-                if not network.module(node).rectify:
+                if not network.module(node).relu:
                     fused = network.insert(part, relu, "call_module", node.target, node.args[0], shortcut)
                     network.replace(relu, fused)
                     break

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from ..ops import folded_norm
-from ..ops.gated_conv2d import gated_conv2d, norm_on_load
 from ..ops.gates import drop_smallest, head_gates, pool
+from ..ops.operator import gated_conv2d
 from ..ops.reference import apply_norm
+from ..ops.selection import fuses_norm
 
 __all__ = ["DynamicGroupConv2d", "squeezed_channels"]
 
@@ -173,7 +174,7 @@ class DynamicGroupConv2d(nn.Module):
         if not torch.jit.is_scripting():
             if self._recomputes():
                 return self._recomputing(x)
-            if self._norm_on_load():
+            if self._fuses_norm():
                 scale, shift, pooled = self._folded_norm(x)
                 return self._convolve(x, pooled, scale, shift)
         if self.preact:
@@ -223,8 +224,8 @@ class DynamicGroupConv2d(nn.Module):
             return self._convolve(y, pool(y), None, None)
 
     @torch.jit.unused
-    def _norm_on_load(self) -> bool:
-        return self.preact and type(self.norm) is nn.BatchNorm2d and norm_on_load()
+    def _fuses_norm(self) -> bool:
+        return self.preact and type(self.norm) is nn.BatchNorm2d and fuses_norm()
 
     @torch.jit.unused
     def _folded_norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The definition of `gated_conv2d` in plain PyTorch, as the authors' code computes it. Every formulation must equal it.
+"""The definition of `gated_conv2d` in plain PyTorch, as the authors' code computes it. Every backend must equal it.
 
 It makes a scaled copy of the input for each head, and autograd keeps them all: for tests, not for training.
 """

@@ -5,7 +5,8 @@ import torch
 from dgc_fastai.analysis import benchmark_plan
 from dgc_fastai.analysis.benchmark_plan import gated_name, plan_benchmark
 from dgc_fastai.layers.gate_schedule import dgc_layers
-from dgc_fastai.ops import gated_conv2d as ops
+from dgc_fastai.ops import reference as definition
+from dgc_fastai.ops import selection
 from dgc_fastai.recipe.schema import ARCHITECTURES
 from helpers.benchmarks import DEPLOYED, tiny
 from helpers.golden import equal_states
@@ -42,8 +43,8 @@ def test_each_variant_is_in_its_own_state(monkeypatch):
     ran = []
     for model in built.values():
         model.register_forward_pre_hook(lambda model, images: ran.append((model, model.training, len(images[0]))))
-    formula, reference = [], ops.reference.gated_conv2d
-    monkeypatch.setattr(ops.reference, "gated_conv2d", lambda *args: formula.append(1) or reference(*args))
+    formula, reference = [], definition.gated_conv2d
+    monkeypatch.setattr(definition, "gated_conv2d", lambda *args: formula.append(1) or reference(*args))
     layer = dgc_layers(gated)[0]
     closed = {"0": 0, "0.5": round(layer.in_channels * 0.75 * 3 / 2 * (0.5 - 1 / 12)), "1": layer.in_channels * 3 // 4}
     for what, batch, variants, _ in plan:
@@ -61,7 +62,7 @@ def test_each_variant_is_in_its_own_state(monkeypatch):
                     assert layer.inactive_channels == closed[progress]
             assert len(formula) == (len(dgc_layers(gated)) if name == "reference" else 0), variant.name
             assert all(layer.penalty is None for layer in dgc_layers(gated))  # it holds memory
-    assert ops._forced is None
+    assert selection._forced is None
 
 
 def test_deployed_forms_compute_what_the_networks_compute(monkeypatch):

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dgc_fastai import DynamicGroupConv2d, convert, deploy
 from dgc_fastai.inference.modules import DeployedConv2d
-from dgc_fastai.ops.backends import cpu
-from dgc_fastai.ops.layer import gated_layer, pack, plain
+from dgc_fastai.ops import kernel
+from dgc_fastai.ops.layer import gated_layer, gated_layer_definition
+from dgc_fastai.ops.packed_layer import GateWeights, PackedLayer
 from helpers.networks import SMALL, agree, images, network
 from helpers.operators import needs_compiler
 
@@ -129,7 +130,7 @@ def test_copies_stand_for_themselves():
         expected = deployed(images())
         for module in deployed.modules():
             if isinstance(module, DeployedConv2d):
-                module.packed_weight.zero_()
+                module.packed.packed.weight.zero_()
         assert torch.equal(copied(images()), expected)
 
 
@@ -207,10 +208,10 @@ def test_gates_of_the_kernel(case):
         inactive = torch.tensor(channels)
     else:
         x[1, 4, 2, 3] = float("nan") if case == "nan" else float("inf")
-    arguments = x, None, None, squeeze, excite, bias, inactive, weight, None, False, (1, 1), (1, 1), (1, 1)
-    packed = pack(weight, squeeze, excite, (1, 1), (1, 1))
-    assert cpu.takes_layer(x, packed[0])
-    ours, theirs = gated_layer(*arguments, packed, channels - int(inactive)), plain(*arguments)
+    gates = GateWeights(squeeze, excite, bias, inactive)
+    layer = PackedLayer(weight, None, heads, (1, 1), (1, 1), (1, 1), gates=gates)
+    assert layer.is_supported(x)
+    ours, theirs = gated_layer(x, layer), gated_layer_definition(x, layer)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
@@ -229,7 +230,7 @@ def test_the_kept_channels_operations_are_counted():
 
 
 def test_without_a_compiler_it_works_all_the_same(monkeypatch):
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(kernel, "library", lambda: None)
     model = network()
     with torch.no_grad():
         agree(deploy(model)(images()), model(images()))

@@ -163,7 +163,7 @@ def test_relus(forward):
     block = Body(forward, conv=gated(), conv2=gated(), act=nn.ReLU(inplace=True))
     with unchanged_numbers(nn.Sequential(block)) as net:
         passes.fold_relus(net)
-        assert net.module(net.calls(DeployedConv2d)[0]).rectify
+        assert net.module(net.calls(DeployedConv2d)[0]).relu
         assert not any(net.is_relu(node) for node in net.graph.nodes)
 
 
@@ -182,7 +182,7 @@ def read_twice(self, x):
 def test_relus_that_are_left(forward, act):
     with unchanged_numbers(nn.Sequential(Body(forward, conv=gated(), act=act))) as net:
         passes.fold_relus(net)
-        assert not net.root[0][0].conv.rectify
+        assert not net.root[0][0].conv.relu
 
 
 # Residuals

@@ -19,7 +19,7 @@ from dgc_fastai import AnnealGates, DynamicGroupConv2d, gate_penalty, set_progre
 from dgc_fastai.layers.gate_schedule import dgc_layers
 from dgc_fastai.layers.group_conv import GroupConv2d, StaticGroupConv2d
 from dgc_fastai.models import dgc_mobilenet
-from dgc_fastai.ops.gated_conv2d import use_formulation
+from dgc_fastai.ops.selection import use_backend
 from helpers.golden import close, equal_states, evaluating, loaders, read_json
 from helpers.operators import needs_compiler
 
@@ -401,7 +401,7 @@ def test_group_convolutions_are_pytorch_s_where_the_kernel_does_not_do(group_con
     biased = GroupConv2d(16, 8, 3, groups=4)
     wide = GroupConv2d(66, 4, 1, groups=2, bias=False)
     assert not by_the_kernel(biased(x)) and not by_the_kernel(wide(torch.randn(1, 66, 3, 3)))
-    with use_formulation("reference"):  # which has second derivatives
+    with use_backend("reference"):  # which has second derivatives
         y = conv(x)
         assert torch.equal(y, expected)
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

@@ -1,19 +1,17 @@
-"""The C++ kernel: every remainder of its blocks, and what happens where it cannot be built."""
+"""The C++ kernel: every remainder of its tiles, and what happens where it cannot be built."""
 
+import ctypes
 import logging
-import random
 import subprocess
-from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from dgc_fastai.ops.backends import cpu, per_sample
-from dgc_fastai.ops.dense import TrainedGroupConv, trains_group_conv
-from dgc_fastai.ops.gated_conv2d import gated_conv2d, use_formulation
-from dgc_fastai.ops.layer import pack
-from dgc_fastai.ops.layer import plain as plain_layer
+from dgc_fastai.ops import BACKENDS, build, gated_conv2d, kernel, structures, use_backend
+from dgc_fastai.ops.backends import cpu
+from dgc_fastai.ops.conv_desc import conv_desc
+from dgc_fastai.ops.packed_layer import pack_weight, winograd_pays
+from helpers import random_layers
 from helpers.operators import needs_compiler, run
 
 ONE, NONE = (1, 1), (0, 0)
@@ -28,7 +26,7 @@ def case(batch, heads, channels, filters, height, width, share, dtype=torch.floa
 
 def agree(tensors, stride=ONE, padding=NONE, dilation=ONE):
     geometry = stride, padding, dilation
-    assert cpu.takes(tensors[0], tensors[2])
+    assert cpu.is_supported(tensors[0], tensors[2])
     for ours, theirs in zip(run("cpu", tensors, geometry), run("reference", tensors, geometry), strict=True):
         limit = 1e-5 * max(1.0, float(theirs.detach().abs().max()))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=limit)
@@ -131,170 +129,28 @@ def test_what_is_not_finite_comes_out_where_it_is_seen(value):
 
 
 def gated(name, tensors, geometry):
-    with use_formulation(name):
+    with use_backend(name):
         return gated_conv2d(*tensors, *geometry)
 
 
-def plain(x, gates, weight, stride, padding, dilation):
-    """The definition once more, a convolution a head, in which a dropped channel is not there at all."""
-    heads = gates.shape[1]
-    parts = []
-    for head in range(heads):
-        gate = gates[:, head, :, None, None]
-        inputs = torch.where(gate == 0, 0, x * gate)
-        parts.append(F.conv2d(inputs, weight[head::heads], None, stride, padding, dilation))
-    return torch.stack(parts, 2).flatten(1, 2)
-
-
-def random_case(draw):
-    """Tensors and geometry of a layer that nobody would build, and how it is odd."""
-
-    def sides(choices):
-        return draw.choice(choices), draw.choice(choices)
-
-    while True:
-        taps, stride = sides([1, 1, 2, 3, 3, 3, 5]), sides([1, 1, 1, 2, 2, 3])
-        padding, dilation = sides([0, 0, 1, 1, 2, 4]), sides([1, 1, 1, 2, 3])
-        height, width = draw.randint(1, 20), draw.randint(1, 36)
-        batch, heads, channels = draw.randint(0, 3), draw.randint(1, 8), draw.choice([1, 2, 3, 5, 8, 16, 29, 64])
-        filters = draw.choice([1, 2, 3, 4, 5, 8, 13, 16, 17, 32, 37])
-        shape = (batch, channels, height, width), (heads * filters, channels, *taps), stride, padding, dilation
-        if min(per_sample.output_shape(*shape)[2:]) > 0:
-            break
-    dtype = draw.choice([torch.float32, torch.float64])
-    x, weight = torch.randn(shape[0], dtype=dtype), torch.randn(shape[1], dtype=dtype)
-    gates = torch.rand(batch, heads, channels, dtype=dtype) + 0.1
-    setting = draw.choice(["some kept", "some kept", "all kept", "one kept", "none kept", "all equal", "not finite"])
-    if setting in ("some kept", "not finite"):
-        gates *= torch.rand_like(gates) < draw.random()
-    elif setting == "one kept":
-        gates *= F.one_hot(torch.randint(channels, gates.shape[:2]), channels)
-    elif setting == "none kept":
-        gates.zero_()
-    elif setting == "all equal":
-        gates.fill_(0.7)
-    if setting == "not finite":
-        for value in (float("nan"), float("inf"), -float("inf")):
-            x[torch.rand_like(x) < 0.01] = value
-    return x, gates, weight, shape[2:], setting
-
-
 @needs_compiler
-def test_2000_random_layers():
-    """Nothing may be read or written out of bounds either, which AddressSanitizer tells if pytest -n0 is run with
-    CXXFLAGS=-fsanitize=address, the same as LDFLAGS, ASAN_OPTIONS=detect_leaks=0 and
-    LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"."""
-    agree_on_random_layers(2000)
-
-
-def agree_on_random_layers(count):
-    draw = random.Random(0)
-    torch.manual_seed(0)
-    for number in range(count):
-        x, gates, weight, geometry, setting = random_case(draw)
-        expected = plain(x, gates, weight, *geometry)
-        y = cpu.forward(x, gates, weight, *geometry)
-        close = partial(_close, number, setting)
-        close(y, expected)
-        grad = torch.randn_like(y)
-        found = cpu.backward(grad, x, gates, weight, *geometry)
-        if setting != "not finite":  # gradients spread over whole tensors then
-            leaves = [part.requires_grad_() for part in (x, gates, weight)]
-            for ours, theirs in zip(found, torch.autograd.grad(plain(*leaves, *geometry), leaves, grad)):
-                close(ours, theirs)
-
-
-def _close(number, setting, ours, theirs):
-    limit = 1e-5 if ours.dtype == torch.float32 else 1e-12
-    scale = max(1.0, float(theirs.detach().nan_to_num(0, 0, 0).abs().max())) if theirs.numel() else 1.0
-    torch.testing.assert_close(
-        ours,
-        theirs,
-        rtol=limit,
-        atol=limit * scale,
-        equal_nan=True,
-        msg=lambda message: f"layer {number}, {setting}, {tuple(theirs.shape)}: {message}",
-    )
+def test_2000_random_layers_in_training():
+    random_layers.training_agrees(2000)
 
 
 @needs_compiler
 def test_200_random_group_convolutions():
-    group_convolutions_agree(200)
-
-
-def group_convolutions_agree(count):
-    draw = random.Random(2)
-    torch.manual_seed(2)
-    for _ in range(count):
-        dtype = draw.choice([torch.float32, torch.float64])
-        groups, taps = draw.randint(2, 6), (draw.choice([1, 2, 3, 5]), draw.choice([1, 3, 4]))
-        stride, dilation = (draw.randint(1, 3), draw.randint(1, 2)), (draw.randint(1, 2), draw.randint(1, 3))
-        padding, size = (draw.randint(0, 3), draw.randint(0, 2)), (draw.randint(9, 20), draw.randint(10, 30))
-        x = torch.randn(draw.randint(0, 3), groups * draw.choice([1, 2, 5, 8, 32]), *size, dtype=dtype)
-        filters = groups * draw.choice([1, 2, 3, 4, 9, 16, 33])
-        weight = torch.randn(filters, x.shape[1] // groups, *taps, dtype=dtype)
-        leaves = x.requires_grad_(), weight.requires_grad_()
-        assert trains_group_conv(*leaves, groups)
-        expected = F.conv2d(*leaves, None, stride, padding, dilation, groups)
-        y = TrainedGroupConv.apply(*leaves, groups, stride, padding, dilation)
-        grad = torch.randn_like(y)
-        parts = (y, *torch.autograd.grad(y, leaves, grad)), (expected, *torch.autograd.grad(expected, leaves, grad))
-        for ours, theirs in zip(*parts):
-            limit = 1e-5 if dtype == torch.float32 else 1e-12
-            scale = max(1.0, float(theirs.detach().abs().max())) if theirs.numel() else 1.0
-            torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit * scale)
+    random_layers.group_convolutions_agree(200)
 
 
 @needs_compiler
-def test_200_random_layers_by_winograd():
-    """Against the definition; beside them the same layers as they are without, and both with what a shortcut brings."""
-    layers_by_winograd_agree(200)
+def test_200_random_layers_in_inference():
+    random_layers.inference_agrees(200)
 
 
-def layers_by_winograd_agree(count):
-    draw = random.Random(1)
-    torch.manual_seed(1)
-    for number in range(count):
-        dtype = draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
-        small = cpu.sums_type(dtype)
-        batch, heads, channels = draw.randint(0, 3), draw.randint(1, 4), draw.choice([1, 2, 5, 8, 29, 64, 130])
-        columns, padding, dilation = (
-            draw.randint(1, 4),
-            (draw.randint(0, 4), draw.randint(0, 3)),
-            (1, draw.randint(1, 3)),
-        )
-        height, width = draw.randint(3, 20), draw.randint((columns - 1) * dilation[1] + 1, 36)
-        weight = torch.randn(heads * draw.choice([1, 3, 4, 5, 13, 16, 17, 32, 37]), channels, 3, columns, dtype=dtype)
-        x = torch.randn(batch, channels + 2, height, width, dtype=dtype)[:, 1:-1]
-        norm = (
-            (torch.rand(channels, dtype=small), torch.randn(channels, dtype=small))
-            if draw.random() < 0.5
-            else (None, None)
-        )
-        bias, rectify = torch.randn(len(weight), dtype=small) if draw.random() < 0.5 else None, draw.random() < 0.5
-        squeeze, excite = torch.randn(heads, 3, channels, dtype=small), torch.randn(heads, channels, 3, dtype=small)
-        gating = squeeze, excite, torch.rand(heads, channels, dtype=small), torch.tensor(draw.randint(0, channels))
-        geometry = ONE, padding, dilation
-        expected = plain_layer(x, *norm, *gating, weight, bias, False, *geometry).double()
-        filters, by_winograd, excite = pack(weight, squeeze, excite, ONE, dilation)
-        assert by_winograd.numel() == 2 * filters.numel() == 2 * weight.numel()
-        gating = squeeze, excite, *gating[2:]
-        residual = torch.randn_like(expected).to(dtype) if draw.random() < 0.5 else None
-        rest = bias, rectify, weight.shape, *geometry, residual
-        ys = [cpu.layer(x, *norm, *gating, filters, table, *rest) for table in (by_winograd, filters.new_empty(0))]
-        if dtype == torch.float64:  # in which the definition has no gates
-            expected = cpu.layer(x, *norm, *gating, filters, filters.new_empty(0), bias, False, *rest[2:-1])
-        if residual is not None:
-            expected += residual
-        if rectify:
-            expected = expected.relu()
-        limit = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
-        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-        for y in ys:
-            torch.testing.assert_close(
-                y.double(), expected, rtol=0, atol=limit * scale,
-                msg="layer {}, {}, {}, {}: {{}}".format(number, dtype, tuple(x.shape), tuple(weight.shape)).format,
-            )  # fmt: skip
+@needs_compiler
+def test_100_random_stems():
+    random_layers.stems_agree(100)
 
 
 @needs_compiler
@@ -303,31 +159,80 @@ def layers_by_winograd_agree(count):
     ((64, 64, 3, 3), (2, 2), ONE, False), ((64, 64, 3, 3), ONE, (2, 2), False), ((64, 64, 1, 1), ONE, ONE, False),
 ])  # fmt: skip
 def test_where_winograd_pays(weight, stride, dilation, pays):
-    assert cpu.winograd_pays(weight, stride, dilation) == pays
+    assert winograd_pays(weight, stride, dilation) == pays
 
 
 @needs_compiler
 def test_bfloat16_is_float32_rounded():
     x, gates, weight, _, _ = case(3, 2, 12, 20, 7, 6, 0.6, taps=(3, 3))
     x, weight = x.detach().bfloat16(), weight.detach().bfloat16()
-    geometry = (1, 1), (1, 1), (1, 1)
-    assert cpu.takes(x, weight)
-    y = cpu.forward(x, gates.detach(), weight, *geometry)
-    exact = cpu.forward(x.float(), gates.detach(), weight.float(), *geometry)
+    backend, desc = BACKENDS["cpu"], conv_desc(x.shape, weight.shape, 2, ONE, ONE, ONE)
+    assert backend.is_supported(desc, x, weight)
+    gates = gates.detach()
+    y = backend.forward(desc, x, gates, weight)
+    exact = backend.forward(desc, x.float(), gates, weight.float())
     torch.testing.assert_close(y, exact.bfloat16(), rtol=0, atol=0)
-    found = cpu.backward(y, x, gates.detach(), weight, *geometry)
-    expected = cpu.backward(y.float(), x.float(), gates.detach(), weight.float(), *geometry)
+    found = backend.backward(desc, y, x, gates, weight)[:3]
+    expected = backend.backward(desc, y.float(), x.float(), gates, weight.float())[:3]
     for part, other in zip(found, expected):
         torch.testing.assert_close(part, other.to(part.dtype), rtol=0, atol=0)
     assert [part.dtype for part in found] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
-def test_takes_only_what_it_is_made_for():
+def test_supports_only_what_it_is_made_for():
     x, weight = torch.randn(2, 8, 4, 4), torch.randn(4, 8, 1, 1)
-    assert not cpu.takes(x.half(), weight.half())
-    assert not cpu.takes(x, weight.double())  # whose bits would be read as others
-    assert not cpu.takes(x.contiguous(memory_format=torch.channels_last), weight)
-    assert not cpu.takes(x.to("meta"), weight.to("meta"))
+    desc = conv_desc(x.shape, weight.shape, 2, ONE, NONE, ONE)
+
+    def supports(x, weight):
+        return BACKENDS["cpu"].is_supported(desc, x, weight)
+
+    assert supports(x, weight) == (kernel.library() is not None)
+    assert not supports(x.half(), weight.half())
+    assert not supports(x, weight.double())  # whose bits would be read as others
+    assert not supports(x.contiguous(memory_format=torch.channels_last), weight)
+    assert not supports(x.to("meta"), weight.to("meta"))
+
+
+@needs_compiler
+def test_a_function_refuses_structures_in_another_order_and_of_another_kind():
+    desc = conv_desc((1, 4, 3, 3), (2, 4, 1, 1), 1, ONE, NONE, ONE)
+    function, layer, args = (
+        kernel.function("gated_conv2d", torch.float32),
+        structures.PackedLayer(),
+        structures.ForwardArgs(),
+    )
+    for wrong in ((layer, desc.struct, args), (desc.struct, layer, structures.BackwardArgs()), (desc.struct, layer, 0)):
+        with pytest.raises(ctypes.ArgumentError):
+            function(*wrong)
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["order", "missing", "size"])
+def test_structures_that_differ_from_those_of_the_kernel_are_refused(monkeypatch, change):
+    fields = list(structures.PackArgs._fields_)
+    fields = {"order": fields[::-1], "missing": fields[:1], "size": [("weight", ctypes.c_int32), fields[1]]}[change]
+    wrong = type("PackArgs", (ctypes.Structure,), {"_fields_": fields})
+    monkeypatch.setattr(structures, "PackArgs", wrong)
+    kernel.library.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="descriptors.h"):
+            kernel.library()
+    finally:
+        kernel.library.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("grouped", [False, True])
+def test_packed_weights_hold_every_value_once_in_blocks_of_16_filters(grouped):
+    heads, filters, channels = 3, 18, 5
+    weight = torch.arange(heads * filters * channels * 2.0).view(heads * filters, channels, 1, 2)
+    by_head = (
+        weight.view(heads, filters, channels, 2)
+        if grouped
+        else weight.view(filters, heads, channels, 2).transpose(0, 1)
+    )
+    blocks = [block.permute(1, 2, 0).flatten() for head in by_head for block in (head[:16], head[16:])]
+    assert torch.equal(pack_weight(weight, heads, grouped).flatten(), torch.cat(blocks))
 
 
 @pytest.fixture
@@ -339,27 +244,28 @@ def not_built(monkeypatch, tmp_path):
 
 
 def forget_library():
-    cpu.library.cache_clear()
-    cpu._function.cache_clear()
+    kernel.library.cache_clear()
+    kernel.function.cache_clear()
 
 
 @needs_compiler
 @pytest.mark.parametrize("flags", [["-O1"], ["-O1", "-DDGC_WIDE_VECTORS"]], ids=["portable", "512 bits"])
 def test_vectors_of_other_processors(not_built, monkeypatch, flags):
-    monkeypatch.setattr(cpu, "VECTORS", {torch.backends.cpu.get_cpu_capability(): flags})
-    agree_on_random_layers(300)
-    layers_by_winograd_agree(100)
-    group_convolutions_agree(100)
+    monkeypatch.setattr(build, "VECTORS", {torch.backends.cpu.get_cpu_capability(): flags})
+    random_layers.training_agrees(300)
+    random_layers.inference_agrees(100)
+    random_layers.group_convolutions_agree(100)
+    random_layers.stems_agree(30)
 
 
 @needs_compiler
 def test_built_once_and_nothing_else_is_left(not_built, monkeypatch):
-    assert cpu.library() is not None
+    assert kernel.library() is not None
     (built,) = not_built.iterdir()
     assert built.suffix == ".so"
     forget_library()
     monkeypatch.setattr(subprocess, "run", None)
-    assert cpu.library() is not None
+    assert kernel.library() is not None
 
 
 @pytest.mark.parametrize(
@@ -368,7 +274,7 @@ def test_built_once_and_nothing_else_is_left(not_built, monkeypatch):
 def test_without_a_compiler_everything_works_and_the_log_says_so_once(not_built, monkeypatch, caplog, compiler, reason):
     monkeypatch.setenv("CXX", compiler)
     tensors = case(2, 2, 12, 4, 5, 5, 0.5)
-    with caplog.at_level(logging.INFO, "dgc_fastai"), use_formulation("cpu"):
+    with caplog.at_level(logging.INFO, "dgc_fastai"), use_backend("cpu"):
         for _ in range(2):
             y = gated_conv2d(*tensors, ONE, NONE, ONE)
     torch.testing.assert_close(y, run("reference", tensors, (ONE, NONE, ONE))[0])

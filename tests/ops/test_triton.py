@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,8 +19,8 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter  # noqa: E402
 
-from dgc_fastai.ops.backends import triton as cuda  # noqa: E402
-from dgc_fastai.ops.gated_conv2d import use_formulation  # noqa: E402
+from dgc_fastai.ops import use_backend  # noqa: E402
+from dgc_fastai.ops.backends import triton_kernels as cuda  # noqa: E402
 
 ONE = (1, 1)
 NAMES = ("y", "dx", "dgates", "dweight", "dscale", "dshift")
@@ -293,81 +291,9 @@ def test_tf32_only_where_pytorch_uses_it():
     assert found == ["ieee", "tf32"]
 
 
-# Runs without the interpreter and without a GPU: launches only compile, for exactly the types, strides and sizes of
-# the tensors given. The interpreter forgives much that the compiler does not, above all sizes and strides of one,
-# which the compiler sees as constants.
-COMPILE = """
-import importlib
-import sys
-import types
-from pathlib import Path
-
-try:
-    import torch, triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    class Hopper:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device: 0)
-
-    kernels = []
-    JITFunction.__getitem__ = lambda self, grid: lambda *args, **keywords: kernels.append(
-        self.run(*args, grid=grid, warmup=True, **keywords)
-    )
-    driver.set_active(Hopper())
-except Exception as error:
-    print(f"{type(error).__name__}: {error}")
-    sys.exit(77)
-
-# The file and its neighbours alone: to import the whole package takes longer than to compile the kernels.
-sys.modules["ops"] = package = types.ModuleType("ops")
-package.__path__ = [str(Path(sys.argv[1]).parent)]
-cuda = importlib.import_module("ops.triton")
-try:
-    cuda._lists(torch.zeros(1, 1, 32))
-    assert "ptx" in kernels.pop().asm
-except Exception as error:
-    print(f"{type(error).__name__}: {error}")
-    sys.exit(77)
-
-def compile(dtype, batch, heads, channels, filters, size, kernel, stride, padding, norm, last):
-    x = torch.zeros(batch, channels, *size, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    inputs = x, torch.zeros(batch, heads, channels), torch.zeros(heads * filters, channels, *kernel, dtype=dtype)
-    inputs += tuple(torch.zeros(2, channels)) if norm else (None, None)
-    geometry = stride, padding, (1, 1)
-    cuda.backward(cuda.forward(*inputs, *geometry), *inputs, *geometry)
-    names = [kernel.metadata.name for kernel in kernels]
-    assert names == ["_list_kept", "_forward", "_list_kept", "_backward_input", "_backward_weight"], names
-    for kernel in kernels:
-        if kernel.metadata.name != "_list_kept":
-            # Tensor cores for the short types, and none for float32: its products are to be IEEE.
-            assert ("mma" in kernel.asm["ptx"]) == (dtype != torch.float32), (kernel.metadata.name, dtype)
-    kernels.clear()
-
-compile(torch.bfloat16, 2, 4, 256, 48, (32, 32), (1, 1), (1, 1), (0, 0), True, False)
-compile(torch.float32, 2, 4, 128, 32, (14, 14), (3, 3), (2, 2), (1, 1), False, True)
-compile(torch.float16, 1, 1, 1, 1, (1, 1), (1, 1), (1, 1), (0, 0), True, False)
-compile(torch.float32, 1, 1, 5, 1, (7, 1), (3, 1), (2, 1), (1, 0), True, False)
-"""
-
-
-def test_compiles_for_hopper(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, cuda.__file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"this Triton does not compile without a GPU: {done.stdout.strip()}")
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("path", LAYERS[:3], ids=lambda path: path.stem)
 def test_a_layer_on_these_kernels_equals_the_reference_s_numbers(path):
     if DEVICE != "cpu":
         pytest.skip("the layers of these tests are on the CPU")
-    with use_formulation("triton"):
+    with use_backend("triton"):
         check_golden_layer(path)

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from dgc_fastai import AnnealGates, set_progress
 from dgc_fastai.layers.gate_schedule import dgc_layers, num_inactive
 from dgc_fastai.models.checkpoints import _translate
-from dgc_fastai.ops.gated_conv2d import use_formulation
+from dgc_fastai.ops.selection import use_backend
 from dgc_fastai.recipe.schema import Recipe
 from dgc_fastai.training.learner import assemble
 from helpers.golden import equal_states, evaluating, group, loaders, read, tiny_densenet
@@ -94,13 +94,13 @@ def test_training_follows_the_reference_for_eight_steps():
     golden, metadata = read("tiny_dydensenet.safetensors")
     # So early, gates are biases, all but 1, and differ by a few last bits. Which of two is smaller is then a matter of
     # rounding, in the reference's own code, too, and the losses part by some 1e-3 from the next step on. So take the
-    # reference's formulation, and try other orders of summation, then changes in the last bit of a few pixels;
+    # definition, and try other orders of summation, then changes in the last bit of a few pixels;
     # neither can bring another method nearer.
     channels = [layer.in_channels for layer in dgc_layers(tiny_densenet())]
     roundings = [(4, 0), (2, 0), (1, 0), (3, 0), (8, 0)] + [(torch.get_num_threads(), 1e-3)] * 35
     followed = 0
     for threads, perturbed in roundings:
-        with use_formulation("reference"):
+        with use_backend("reference"):
             loss, lasso, lr, progress, inactive = golden_run(golden, metadata, threads, perturbed)
         n = len(loss)
         assert_close(progress, torch.arange(n) / 24)
@@ -118,7 +118,7 @@ def test_training_follows_the_reference_for_eight_steps():
     pytest.skip(f"followed for {followed} steps; this machine rounds another way after them")
 
 
-def test_training_by_the_fastest_formulation_follows_the_reference_until_rounding_tells():
+def test_training_by_the_fastest_backend_follows_the_reference_until_rounding_tells():
     golden, metadata = read("tiny_dydensenet.safetensors")
     loss, lasso, lr, _, inactive = golden_run(golden, metadata, torch.get_num_threads(), 0)
     n = len(loss)

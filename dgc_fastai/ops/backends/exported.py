@@ -1,70 +1,62 @@
-"""A layer in operators that torch.export and ONNX know, for batches of any size: what an exported network holds."""
-
-from typing import Optional
+"""A layer in operators that torch.export and ONNX know, for batches of any size: what exported networks consist of."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..conv_desc import Pair
 from ..gates import drop_smallest, head_gates, pool
-from . import per_sample, scaled_inputs, scaled_weights
-from .per_sample import Pair
+from ..packed_layer import PackedLayer
+from . import per_sample
+from .scaled_inputs import scaled_inputs
+from .scaled_weights import scaled_filters
 
 
 def gated_conv2d(x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """As `reference.gated_conv2d`, multiplying dropped channels by zero."""
-    seen = x[:, :, :: stride[0], :: stride[1]]
-    if per_sample.is_pointwise(weight.shape, padding) and len(weight) < gates.shape[1] * seen.shape[2] * seen.shape[3]:
-        filters = scaled_weights.filters(gates, weight, x.dtype).flatten(2)
-        return torch.bmm(filters, seen.flatten(2)).unflatten(2, seen.shape[2:])
-    return scaled_inputs.forward(x, gates, weight, stride, padding, dilation)
+    read = x[:, :, :: stride[0], :: stride[1]]
+    if per_sample.is_pointwise(weight.shape, padding) and len(weight) < gates.shape[1] * read.shape[2] * read.shape[3]:
+        filters = scaled_filters(gates, weight, x.dtype).flatten(2)
+        return torch.bmm(filters, read.flatten(2)).unflatten(2, read.shape[2:])
+    return scaled_inputs(x, gates, weight, stride, padding, dilation)
 
 
-def gated_layer(
-    x: Tensor,
-    scale: Optional[Tensor],
-    shift: Optional[Tensor],
-    squeeze: Tensor,
-    excite: Tensor,
-    gate_bias: Tensor,
-    inactive: Tensor,
-    weight: Tensor,
-    bias: Optional[Tensor],
-    rectify: bool,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    kept: int,
-) -> Tensor:
-    """As `layer.plain`. 1x1 filters meet kept channels only.
+def gated_layer(x: Tensor, layer: PackedLayer) -> Tensor:
+    """As `layer.gated_layer_definition`. 1x1 filters are multiplied with kept channels only.
 
-    Larger ones would need the pixels that they see copied for each tap: twice as slow, as measured with onnxruntime, as
-    multiplying dropped channels by zero.
-
-    Args:
-        kept: how many channels a head keeps; ties at the threshold are dropped besides.
+    Larger ones would need the pixels that they read copied for each tap: twice as slow, as measured with onnxruntime,
+    as multiplying dropped channels by zero.
     """
-    if scale is not None:
+    assert layer.gates is not None
+    if layer.scale is not None and layer.shift is not None:
         # One operator, where a product and a sum would be two.
-        x = F.relu(F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0))
+        mean, var = torch.zeros_like(layer.scale), torch.ones_like(layer.scale)
+        x = F.relu(F.batch_norm(x, mean, var, layer.scale, layer.shift, eps=0.0))
+    squeeze, excite, gate_bias, inactive = layer.gates
     gates = head_gates(pool(x), squeeze, excite, gate_bias)
-    if per_sample.is_pointwise(weight.shape, padding) and kept + 1 < x.shape[1]:
-        y = _gathered(x[:, :, :: stride[0], :: stride[1]], gates, weight, kept)
+    if (
+        per_sample.is_pointwise(layer.weight_shape, layer.padding)
+        and layer.kept is not None
+        and layer.kept + 1 < x.shape[1]
+    ):
+        y = _gathered(x[:, :, :: layer.stride[0], :: layer.stride[1]], gates, layer.weight, layer.kept)
     else:
-        y = gated_conv2d(x, drop_smallest(gates, inactive), weight, stride, padding, dilation)
-    if bias is not None:
-        y = y + bias.to(y.dtype).reshape(1, -1, 1, 1)
-    return F.relu(y) if rectify else y
+        gates = drop_smallest(gates, inactive)
+        y = gated_conv2d(x, gates, layer.weight, layer.stride, layer.padding, layer.dilation)
+    if layer.bias is not None:
+        y = y + layer.bias.to(y.dtype).reshape(1, -1, 1, 1)
+    return F.relu(y) if layer.relu else y
 
 
 def _gathered(x: Tensor, gates: Tensor, weight: Tensor, kept: int) -> Tensor:
+    """The product with the `kept` channels of the largest gates; ties with the threshold are dropped besides."""
     batch, heads, channels = gates.shape
     values, places = gates.topk(kept + 1, dim=-1, sorted=False)  # and the threshold, which is not above itself
     values = values * (values > values.amin(-1, keepdim=True))
     rows = places + channels * torch.arange(batch, device=x.device).view(-1, 1, 1)
     pixels = x.flatten(0, 1).flatten(1).index_select(0, rows.flatten()).view(-1, kept + 1, x.shape[2] * x.shape[3])
-    table = weight.flatten(1).unflatten(0, (-1, heads)).permute(1, 2, 0).flatten(0, 1)  # [heads x C, O / heads]
+    weight_rows = weight.flatten(1).unflatten(0, (-1, heads)).permute(1, 2, 0).flatten(0, 1)  # [heads x C, O / heads]
     rows = places + channels * torch.arange(heads, device=x.device).view(1, -1, 1)
-    filters = table.index_select(0, rows.flatten()).view(-1, kept + 1, table.shape[1])
+    filters = weight_rows.index_select(0, rows.flatten()).view(-1, kept + 1, weight_rows.shape[1])
     y = torch.bmm((filters * values.to(x.dtype).view(-1, kept + 1, 1)).transpose(1, 2), pixels)
-    return y.view(-1, heads, table.shape[1], *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+    return y.view(-1, heads, weight_rows.shape[1], *x.shape[2:]).transpose(1, 2).flatten(1, 2)

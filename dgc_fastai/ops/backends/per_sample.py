@@ -1,14 +1,14 @@
-"""Convolve each sample with filters of its own: what two of the formulations come down to."""
+"""A convolution of each sample with filters of its own, which two of the backends amount to."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Pair = tuple[int, int]
+from ..conv_desc import Pair
 
 
 def is_pointwise(kernel: tuple[int, ...], padding: Pair) -> bool:
-    """Whether the convolution is a matrix product: filters [..., 1, 1] and no border."""
+    """Whether the convolution is a matrix product: filters [..., 1, 1] and no padding."""
     return tuple(kernel[-2:]) == (1, 1) and tuple(padding) == (0, 0)
 
 
@@ -20,19 +20,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
-def output_shape(x: tuple[int, ...], weight: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair) -> list[int]:
-    """Shape of the convolution of an input [B, C, H, W] with filters [O, C, kh, kw]."""
-    sides = [
-        (side + 2 * pad - dilate * (tap - 1) - 1) // step + 1
-        for side, tap, step, pad, dilate in zip(x[2:], weight[2:], stride, padding, dilation)
-    ]
-    return [x[0], weight[0], *sides]
-
-
 def conv2d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of PyTorch's convolution for x and weight."""
+    """Gradients of PyTorch's convolution with respect to x and weight."""
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, True, False]
     )[:2]
@@ -44,7 +35,7 @@ def forward(y: Tensor, x: Tensor, filters: Tensor, stride: Pair, padding: Pair, 
         result = F.conv2d(_one_image(x), filters.flatten(0, 1), None, stride, padding, dilation, groups=len(x))
         y.copy_(result.view(y.shape))
         return
-    x, matrices = seen(x, stride), filters.flatten(2)
+    x, matrices = strided_pixels(x, stride), filters.flatten(2)
     if is_channels_last(x):
         torch.bmm(_pixels(x), matrices.transpose(1, 2), out=_pixels(y))
     else:
@@ -54,14 +45,14 @@ def forward(y: Tensor, x: Tensor, filters: Tensor, stride: Pair, padding: Pair, 
 def backward(
     dx: Tensor, grad: Tensor, x: Tensor, filters: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Fill dx, in x's memory format as grad is, with the gradient for x, and return the filters'."""
+    """Fill dx, in x's memory format as grad is, with the gradient of x, and return that of the filters."""
     if not is_pointwise(filters.shape, padding):
         result, dfilters = conv2d_backward(
             _one_image(grad), _one_image(x), filters.flatten(0, 1), stride, padding, dilation, groups=len(x)
         )
         dx.copy_(result.view(dx.shape))
         return dfilters.view(filters.shape)
-    read, matrices = seen(x, stride), filters.flatten(2)
+    read, matrices = strided_pixels(x, stride), filters.flatten(2)
     dread = dx if read is x else torch.empty_like(read)
     if is_channels_last(read):
         torch.bmm(_pixels(grad), matrices, out=_pixels(dread))
@@ -74,8 +65,8 @@ def backward(
     return dfilters.view(filters.shape)
 
 
-def seen(x: Tensor, stride: Pair) -> Tensor:
-    """The pixels that 1x1 filters see."""
+def strided_pixels(x: Tensor, stride: Pair) -> Tensor:
+    """The pixels that 1x1 filters read."""
     if tuple(stride) == (1, 1):
         return x
     return x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=memory_format(x))
@@ -87,5 +78,5 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _one_image(x: Tensor) -> Tensor:
-    """All samples' channels in one image, which a group convolution takes apart again."""
+    """One image with the channels of all samples, which a group convolution separates again."""
     return x.contiguous().flatten(0, 1).unsqueeze(0)

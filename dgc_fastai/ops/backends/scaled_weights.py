@@ -1,52 +1,61 @@
 """`gated_conv2d` with the gates on the filters of each sample instead of on the input of each head.
 
-One convolution for all heads, and a copy of O x C x kh x kw filters for each sample instead of heads x C x H x W
+One convolution for all heads, and for each sample a copy of O x C x kh x kw filters instead of heads x C x H x W
 activations; a few samples at a time, so that the copies stay in the cache.
 """
 
 from collections.abc import Iterator
+from typing import Optional
 
 import torch
 from torch import Tensor
 
+from ..conv_desc import ConvDesc
 from . import per_sample
-from .per_sample import Pair
+from .base import Backend, Gradients, Norm
 
-MOST = 2**20  # values of the filters of the samples that are computed at a time
-
-
-def forward(x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """As `reference.gated_conv2d`."""
-    shape = per_sample.output_shape(x.shape, weight.shape, stride, padding, dilation)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=per_sample.memory_format(x))
-    for part in _parts(x, weight):
-        per_sample.forward(y[part], x[part], filters(gates[part], weight, x.dtype), stride, padding, dilation)
-    return y
+MAX_VALUES = 2**20  # of the filters of all samples that are computed at a time
 
 
-def backward(
-    grad: Tensor, x: Tensor, gates: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x, gates and weight."""
-    dx, dgates = torch.empty_like(x), torch.empty_like(gates)
-    by_head = _by_head(weight, gates)
-    dweight = torch.zeros_like(by_head, dtype=gates.dtype)
-    for part in _parts(x, weight):
-        scaled = filters(gates[part], weight, x.dtype)
-        dfilters = per_sample.backward(dx[part], grad[part], x[part], scaled, stride, padding, dilation)
-        dfilters = dfilters.unflatten(1, by_head.shape[:2])  # [samples, O / heads, heads, C, kh, kw]
-        dgates[part] = (dfilters * by_head).sum((1, 4, 5), dtype=gates.dtype)
-        dweight += (dfilters * _spread(gates[part])).sum(0, dtype=gates.dtype)
-    return dx, dgates, dweight.flatten(0, 1).to(weight.dtype)
+class ScaledWeights(Backend):
+    name = "scaled_weights"
+
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Optional[Norm] = None) -> Tensor:
+        geometry = desc.stride, desc.padding, desc.dilation
+        y = torch.empty(desc.output_shape, dtype=x.dtype, device=x.device, memory_format=per_sample.memory_format(x))
+        for part in _parts(x, weight):
+            per_sample.forward(y[part], x[part], scaled_filters(gates[part], weight, x.dtype), *geometry)
+        return y
+
+    def backward(
+        self,
+        desc: ConvDesc,
+        grad: Tensor,
+        x: Tensor,
+        gates: Tensor,
+        weight: Tensor,
+        norm: Optional[Norm] = None,
+    ) -> Gradients:
+        geometry = desc.stride, desc.padding, desc.dilation
+        dx, dgates = torch.empty_like(x), torch.empty_like(gates)
+        by_head = _by_head(weight, gates)
+        dweight = torch.zeros_like(by_head, dtype=gates.dtype)
+        for part in _parts(x, weight):
+            filters = scaled_filters(gates[part], weight, x.dtype)
+            dfilters = per_sample.backward(dx[part], grad[part], x[part], filters, *geometry)
+            dfilters = dfilters.unflatten(1, by_head.shape[:2])  # [samples, O / heads, heads, C, kh, kw]
+            dgates[part] = (dfilters * by_head).sum((1, 4, 5), dtype=gates.dtype)
+            dweight += (dfilters * _spread(gates[part])).sum(0, dtype=gates.dtype)
+        return Gradients(dx, dgates, dweight.flatten(0, 1).to(weight.dtype))
 
 
 def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
     """The batch, a few samples at a time."""
-    size = max(1, MOST // weight.numel())
+    size = max(1, MAX_VALUES // weight.numel())
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
-def filters(gates: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_filters(gates: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, O, C, kh, kw]: every sample's filters."""
     return (_by_head(weight, gates) * _spread(gates)).flatten(1, 2).to(dtype)
 

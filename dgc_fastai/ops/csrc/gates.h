@@ -1,49 +1,47 @@
-// The gates of a layer in evaluation: pooling of what its norm and ReLU leave, two small products a head, selection.
+// The gates of a layer in inference: normalization, ReLU and pooling in one pass, two small matrix products per head,
+// and the selection of channels.
 
 #pragma once
 
 #include <ATen/Parallel.h>
 
-#include "layout.h"
+#include <algorithm>
+#include <vector>
+
+#include "descriptors.h"
+#include "vectors.h"
 
 namespace dgc {
 
-// What a layer's gates are made of: squeeze [heads, hidden, channels], excite [heads, hidden, channels], bias
-// [heads, channels]; so many channels to drop.
-template <typename T>
-struct Gating {
-  int64_t hidden, inactive;
-  const T *squeeze, *excite, *bias;
-};
-
+// The mean of one channel; with `normalize`, of relu(x * scale + shift).
 template <typename S, typename T>
-inline T pool(const S* x, int64_t area, bool norm, T scale, T shift) {
+inline T pool(const S* x, int64_t area, bool normalize, T scale, T shift) {
   constexpr int64_t kLanes = 4 * Vector<T>::size;
   T sums[kLanes] = {};
   const auto add = [&](int64_t p, int64_t count) {
     for (int64_t k = 0; k < count; ++k) {
-      sums[k] += rectified(T(x[p + k]) * scale + shift);
+      sums[k] += relu(T(x[p + k]) * scale + shift);
     }
   };
-  const auto add_plain = [&](int64_t p, int64_t count) {
+  const auto add_as_is = [&](int64_t p, int64_t count) {
     for (int64_t k = 0; k < count; ++k) sums[k] += T(x[p + k]);
   };
   int64_t p = 0;
-  if (norm) {
+  if (normalize) {
     for (; p + kLanes <= area; p += kLanes) add(p, kLanes);
     add(p, area - p);
   } else {
-    for (; p + kLanes <= area; p += kLanes) add_plain(p, kLanes);
-    add_plain(p, area - p);
+    for (; p + kLanes <= area; p += kLanes) add_as_is(p, kLanes);
+    add_as_is(p, area - p);
   }
   T sum = 0;
   for (const T part : sums) sum += part;
   return sum / area;
 }
 
-// Zero every gate that is not above the count-th smallest. Gates are not negative, so that their bits are in the order
-// of their values: the threshold's are found one by one, from the highest on, by counting, which vectors are good at.
-// NaN is larger than all, as in PyTorch.
+// Zeroes every gate that is not above the count-th smallest. Gates are not negative, so that their bit patterns, read
+// as integers, are in the order of their values: a binary search over bit patterns finds the threshold, and each of its
+// steps is a count, which vectorizes well. NaN is larger than all numbers, as in PyTorch.
 template <typename T>
 inline void drop_smallest(T* gates, int64_t channels, int64_t count) {
   using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
@@ -53,17 +51,17 @@ inline void drop_smallest(T* gates, int64_t channels, int64_t count) {
     std::memcpy(&v, &bits, sizeof(v));
     return v;
   };
-  const auto up_to = [&](T limit) {
+  const auto count_up_to = [&](T limit) {
     Bits found = 0;
     for (int64_t c = 0; c < channels; ++c) found += gates[c] <= limit;
     return found;
   };
   constexpr Bits kInfinity = sizeof(T) == 8 ? Bits(0x7ffLL << (sizeof(T) == 8 ? 52 : 0)) : Bits(0x7f800000);
-  if (up_to(value(kInfinity)) < count) return;  // the threshold is NaN
-  Bits low = 0, high = kInfinity;               // the threshold lies between, ends included
+  if (count_up_to(value(kInfinity)) < count) return;  // the threshold is NaN
+  Bits low = 0, high = kInfinity;                     // the threshold lies in [low, high]
   while (low < high) {
     const Bits middle = low + (high - low) / 2;
-    if (up_to(value(middle)) >= count) {
+    if (count_up_to(value(middle)) >= count) {
       high = middle;
     } else {
       low = middle + 1;
@@ -73,7 +71,6 @@ inline void drop_smallest(T* gates, int64_t channels, int64_t count) {
   for (int64_t c = 0; c < channels; ++c) gates[c] = gates[c] <= threshold ? T(0) : gates[c];
 }
 
-// The sum of left * right.
 template <typename T>
 inline T dot(const T* left, const T* right, int64_t count) {
   constexpr int64_t kLanes = 4 * Vector<T>::size;
@@ -88,45 +85,57 @@ inline T dot(const T* left, const T* right, int64_t count) {
   return sum;
 }
 
-// gates [batch, heads, channels] of x, whose samples are `sample` values apart. scale and shift as in `forward`.
+constexpr int64_t kOperationsPerThread = 32 * 1024;  // fewer are not worth another thread
+
+// pooled [batch, channels]
 template <typename S, typename T>
-void compute_gates(
-    const Shape& n, const S* x, int64_t sample, const T* scale, const T* shift, const Gating<T>& gating, T* gates) {
-  constexpr int64_t kGrain = 32 * 1024;  // operations that are worth a thread
-  std::vector<T> pooled(n.batch * n.channels);
-  at::parallel_for(0, n.batch * n.channels, kGrain / n.area() + 1, [&](int64_t begin, int64_t end) {
+void pool_channels(const ConvDesc& n, const PackedLayer<T>& layer, const ForwardArgs<S, T>& args, T* pooled) {
+  const bool normalize = layer.scale != nullptr;
+  at::parallel_for(0, n.batch * n.channels, kOperationsPerThread / n.area() + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / n.channels, c = i % n.channels;
-      const bool norm = scale != nullptr;
-      pooled[i] = pool(x + b * sample + c * n.area(), n.area(), norm, norm ? scale[c] : T(1), norm ? shift[c] : T(0));
+      const T scale = normalize ? layer.scale[c] : T(1), shift = normalize ? layer.shift[c] : T(0);
+      pooled[i] = pool(args.x + b * args.x_stride + c * n.area(), n.area(), normalize, scale, shift);
     }
   });
-  const int64_t work = 2 * gating.hidden * n.channels;
-  at::parallel_for(0, n.batch * n.heads, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> squeezed(gating.hidden);
+}
+
+// to [channels] = relu(W2 squeezed + bias), with W2 transposed [hidden, channels]
+template <typename T>
+void excite(const T* weight, const T* squeezed, int64_t hidden, const T* bias, int64_t channels, T* to) {
+  constexpr int64_t kLanes = 4 * Vector<T>::size;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const int64_t count = std::min(kLanes, channels - c);
+    T sums[kLanes] = {};
+    const auto add = [&](int64_t lanes) {
+      for (int64_t r = 0; r < hidden; ++r) {
+        const T* from = weight + r * channels + c;
+        for (int64_t k = 0; k < lanes; ++k) sums[k] += from[k] * squeezed[r];
+      }
+    };
+    count == kLanes ? add(kLanes) : add(count);
+    for (int64_t k = 0; k < count; ++k) to[c + k] = relu(sums[k] + bias[c + k]);
+  }
+}
+
+// gates [batch, heads, channels] of args.x
+template <typename S, typename T>
+void compute_gates(const ConvDesc& n, const PackedLayer<T>& layer, const ForwardArgs<S, T>& args, T* gates) {
+  std::vector<T> pooled(n.batch * n.channels);
+  pool_channels(n, layer, args, pooled.data());
+  const int64_t hidden = layer.hidden, operations = 2 * hidden * n.channels;
+  at::parallel_for(0, n.batch * n.heads, kOperationsPerThread / operations + 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> squeezed(hidden);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / n.heads, h = i % n.heads;
-      const T* in = gating.squeeze + h * gating.hidden * n.channels;
-      const T* out = gating.excite + h * gating.hidden * n.channels;
-      const T* bias = gating.bias + h * n.channels;
+      const T* weight = layer.squeeze + h * hidden * n.channels;
+      for (int64_t r = 0; r < hidden; ++r) {
+        squeezed[r] = relu(dot(weight + r * n.channels, pooled.data() + b * n.channels, n.channels));
+      }
       T* to = gates + i * n.channels;
-      for (int64_t r = 0; r < gating.hidden; ++r) {
-        squeezed[r] = rectified(dot(in + r * n.channels, pooled.data() + b * n.channels, n.channels));
-      }
-      constexpr int64_t kLanes = 4 * Vector<T>::size;
-      for (int64_t c = 0; c < n.channels; c += kLanes) {
-        const int64_t count = std::min(kLanes, n.channels - c);
-        T sums[kLanes] = {};
-        const auto add = [&](int64_t lanes) {
-          for (int64_t r = 0; r < gating.hidden; ++r) {
-            const T* from = out + r * n.channels + c;
-            for (int64_t k = 0; k < lanes; ++k) sums[k] += from[k] * squeezed[r];
-          }
-        };
-        count == kLanes ? add(kLanes) : add(count);
-        for (int64_t k = 0; k < count; ++k) to[c + k] = rectified(sums[k] + bias[c + k]);
-      }
-      drop_smallest(to, n.channels, gating.inactive);
+      excite(layer.excite + h * hidden * n.channels, squeezed.data(), hidden, layer.gate_bias + h * n.channels,
+             n.channels, to);
+      drop_smallest(to, n.channels, *layer.inactive);
     }
   });
 }

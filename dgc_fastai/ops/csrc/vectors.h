@@ -1,4 +1,4 @@
-// Vectors of the processor that the kernel is compiled for, by the extension that GCC and Clang share.
+// SIMD vectors of the processor that the kernel is compiled for, by the extension that GCC and Clang share.
 
 #pragma once
 
@@ -8,16 +8,17 @@
 
 namespace dgc {
 
-#if defined(__AVX512F__) || defined(DGC_WIDE_VECTORS)  // the latter to test it on any processor
-constexpr int kBytes = 64, kRows = 8;  // of 32 registers, 3 x 8 hold results
+// A register tile is up to kMaxRows rows of up to three vectors.
+#if defined(__AVX512F__) || defined(DGC_WIDE_VECTORS)  // the latter for tests, on any processor
+constexpr int kVectorBytes = 64, kMaxRows = 8;         // 24 of 32 registers accumulate
 #else
-constexpr int kBytes = 32, kRows = 4;  // of 16 registers, 3 x 4
+constexpr int kVectorBytes = 32, kMaxRows = 4;  // 12 of 16 registers
 #endif
 
 template <typename T>
 struct Vector {
-  typedef T type __attribute__((vector_size(kBytes)));
-  static constexpr int64_t size = kBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  static constexpr int64_t size = kVectorBytes / sizeof(T);
 };
 
 template <typename T>
@@ -32,14 +33,16 @@ inline void store(T* to, typename Vector<T>::type v) {
   std::memcpy(to, &v, sizeof(v));
 }
 
-inline float rectified(float v) { return v < 0 ? 0 : v; }  // NaN stays, here and below
-inline double rectified(double v) { return v < 0 ? 0 : v; }
+// As torch.relu, NaN stays NaN.
+inline float relu(float v) { return v < 0 ? 0 : v; }
+inline double relu(double v) { return v < 0 ? 0 : v; }
 
 template <typename V>
-inline V rectified(V v) {
+inline V relu(V v) {
   return v < 0 ? V{} : v;
 }
 
+// Vectors that hold so many values.
 template <typename T>
 constexpr int64_t vectors_for(int64_t values) {
   return (values + Vector<T>::size - 1) / Vector<T>::size;
@@ -48,33 +51,33 @@ constexpr int64_t vectors_for(int64_t values) {
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
-// Calls tile(at, Constant<vectors>) for so many vectors side by side, three at a time; four are two and two, since a
-// single one leaves too few sums to keep both multipliers busy.
+// Calls tile(first, Constant<count>) for tiles that cover [0, vectors): three vectors at a time. Four are taken as two
+// and two, since a tile of a single vector has too few sums to keep both multipliers busy.
 template <typename Tile>
-inline void in_threes(int64_t vectors, Tile tile) {
-  for (int64_t at = 0; at < vectors;) {
-    const int64_t left = vectors - at;
+inline void for_vector_tiles(int64_t vectors, Tile tile) {
+  for (int64_t first = 0; first < vectors;) {
+    const int64_t left = vectors - first;
     if (left == 1) {
-      tile(at, Constant<1>());
-      at += 1;
+      tile(first, Constant<1>());
+      first += 1;
     } else if (left == 2 || left == 4) {
-      tile(at, Constant<2>());
-      at += 2;
+      tile(first, Constant<2>());
+      first += 2;
     } else {
-      tile(at, Constant<3>());
-      at += 3;
+      tile(first, Constant<3>());
+      first += 3;
     }
   }
 }
 
-// Calls some(at, Constant<rows>) for so many rows, kRows at a time as long as there are as many.
-template <typename Some>
-inline void in_rows(int64_t rows, Some some) {
+// Calls tile(first, Constant<count>) for tiles that cover [0, rows): kMaxRows at a time, then four, two, one.
+template <typename Tile>
+inline void for_row_tiles(int64_t rows, Tile tile) {
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) some(r, Constant<kRows>());
-  for (; r + 4 <= rows; r += 4) some(r, Constant<4>());
-  for (; r + 2 <= rows; r += 2) some(r, Constant<2>());
-  for (; r < rows; ++r) some(r, Constant<1>());
+  for (; r + kMaxRows <= rows; r += kMaxRows) tile(r, Constant<kMaxRows>());
+  for (; r + 4 <= rows; r += 4) tile(r, Constant<4>());
+  for (; r + 2 <= rows; r += 2) tile(r, Constant<2>());
+  for (; r < rows; ++r) tile(r, Constant<1>());
 }
 
 }  // namespace dgc

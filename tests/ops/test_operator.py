@@ -1,4 +1,4 @@
-"""Every formulation of the operation against its definition, and the definition against plain sums."""
+"""Every backend of the operator against its definition, and the definition against plain sums."""
 
 import itertools
 import random
@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dgc_fastai.ops import gated_conv2d as ops
-from dgc_fastai.ops import reference
-from dgc_fastai.ops.gated_conv2d import choose, gated_conv2d, use_formulation
+from dgc_fastai.ops import BACKENDS, gated_conv2d, operator, reference, selection, use_backend
+from dgc_fastai.ops.conv_desc import conv_desc
 from helpers.operators import run
 
 ONE, NONE = (1, 1), (0, 0)
-WAYS = ["scaled_weights", "scaled_inputs", "gathered", "cpu"]
+OWN = [name for name in BACKENDS if name not in ("reference", "triton")]  # Triton has tests of its own
 
 
 def random_case(seed, dtype=torch.float32):
@@ -34,11 +33,11 @@ def random_case(seed, dtype=torch.float32):
     return [part if part is None else part.requires_grad_() for part in tensors], geometry
 
 
-@pytest.mark.parametrize("way", WAYS + [None])
-def test_every_formulation_equals_the_reference_forward_and_backward(way):
+@pytest.mark.parametrize("backend", OWN + [None])
+def test_every_backend_equals_the_reference_forward_and_backward(backend):
     for seed in range(40):
         case = random_case(seed)
-        for ours, theirs in zip(run(way, *case), run("reference", *case), strict=True):
+        for ours, theirs in zip(run(backend, *case), run("reference", *case), strict=True):
             assert ours.shape == theirs.shape
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * max(float(theirs.detach().abs().max()), 1))
 
@@ -53,8 +52,8 @@ def test_the_reference_is_the_plain_sum():
             torch.testing.assert_close(y[b, o], F.conv2d(gated[None], weight[o : o + 1], None, *geometry)[0, 0])
 
 
-@pytest.mark.parametrize("way", WAYS + ["reference"])
-def test_gradients_are_the_function_s_and_dropped_gates_get_none(way):
+@pytest.mark.parametrize("backend", OWN + ["reference"])
+def test_gradients_are_the_function_s_and_dropped_gates_get_none(backend):
     kept = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 0, 1], [0, 1, 1]]).view(2, 2, 3)
     for kernel, stride, norm in ((1, ONE, True), (1, (2, 2), False), (3, (2, 1), True), (3, ONE, False)):
         x, raw = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.rand(2, 2, 3, dtype=torch.float64) + 0.1
@@ -65,7 +64,7 @@ def test_gradients_are_the_function_s_and_dropped_gates_get_none(way):
         def function(x, raw, weight, scale=None, shift=None, geometry=geometry):
             return gated_conv2d(x, raw * kept, weight, scale, shift, *geometry)
 
-        with use_formulation(way):
+        with use_backend(backend):
             assert torch.autograd.gradcheck(function, [part.requires_grad_() for part in tensors], fast_mode=True)
             gates = (raw * kept).detach().requires_grad_()
             gated_conv2d(x, gates, weight, None, None, *geometry).square().sum().backward()
@@ -84,14 +83,14 @@ def test_second_derivatives_are_refused():
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         dx.sum().backward()
-    with use_formulation("reference"):
+    with use_backend("reference"):
         y = gated_conv2d(x, gates, weight, None, None, *geometry)
         torch.autograd.grad(y.square().sum(), x, create_graph=True)[0].sum().backward()
     assert x.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_keeps_the_input_and_the_gates_and_nothing_larger(way):
+@pytest.mark.parametrize("backend", OWN)
+def test_keeps_the_input_and_the_gates_and_nothing_larger(backend):
     x, gates = torch.randn(2, 16, 8, 8, requires_grad=True), torch.rand(2, 4, 16, requires_grad=True)
     weight = torch.randn(8, 16, 3, 3, requires_grad=True)
     kept = {}
@@ -100,7 +99,7 @@ def test_keeps_the_input_and_the_gates_and_nothing_larger(way):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), use_formulation(way):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), use_backend(backend):
         y = gated_conv2d(x, gates, weight, None, None, ONE, ONE, ONE)
     assert y.requires_grad
     assert sum(kept.values()) == 4 * (x.numel() + gates.numel() + weight.numel())
@@ -110,12 +109,12 @@ def test_gathered_multiplies_kept_channels_only():
     x, weight = torch.randn(2, 64, 6, 6), torch.randn(8, 64, 1, 1)
     gates = torch.rand(2, 2, 64) + 0.1
     gates[:, :, 16:] = 0
-    grad = torch.randn(2, 8, 6, 6)
+    grad, desc = torch.randn(2, 8, 6, 6), conv_desc(x.shape, weight.shape, 2, ONE, NONE, ONE)
     counts = []
     for part in (gates, torch.ones_like(gates)):
         with FlopCounterMode(display=False) as counter:
-            ops.gathered.forward(x, part, weight, ONE, NONE, ONE)
-            ops.gathered.backward(grad, x, part, weight, ONE, NONE, ONE)
+            BACKENDS["gathered"].forward(desc, x, part, weight)
+            BACKENDS["gathered"].backward(desc, grad, x, part, weight)
         counts.append(counter.get_total_flops())
     assert counts[0] * 4 == counts[1] == 3 * 2 * 2 * 8 * 64 * 36
 
@@ -136,7 +135,9 @@ def test_flops_are_those_of_the_kept_channels(device):
 
 def geometry_of(batch, channels, side, outputs, kernel=1, stride=1):
     padding = (kernel // 2, kernel // 2)
-    return (batch, channels, side, side), (outputs, channels, kernel, kernel), 4, (stride, stride), padding
+    return conv_desc(
+        (batch, channels, side, side), (outputs, channels, kernel, kernel), 4, (stride, stride), padding, ONE
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,14 +167,14 @@ def geometry_of(batch, channels, side, outputs, kernel=1, stride=1):
     ],
 )
 def test_the_choice_follows_the_shapes(geometry, kept, device, expected):
-    assert choose(*geometry, kept, device) == expected
+    assert selection.fastest_backend(geometry, kept, device) == expected
 
 
 def test_the_compiled_kernel_is_chosen_for_gates_half_closed():
     for geometry in (geometry_of(64, 240, 16, 64), geometry_of(8, 1500, 7, 512)):
-        channels = geometry[1][1]
-        assert choose(*geometry, round(0.53 * channels), "cpu", True) == "cpu"
-        assert choose(*geometry, round(0.6 * channels), "cpu", True) != "cpu"
+        channels = geometry.channels
+        assert selection.fastest_backend(geometry, round(0.53 * channels), has_kernel=True) == "cpu"
+        assert selection.fastest_backend(geometry, round(0.6 * channels), has_kernel=True) != "cpu"
 
 
 @pytest.mark.parametrize(
@@ -183,36 +184,36 @@ def test_the_choice_is_what_runs(monkeypatch, inactive, compiled, expected):
     x, weight = torch.randn(2, 64, 16, 16, requires_grad=True), torch.randn(32, 64, 1, 1)
     gates, ran = torch.rand(2, 4, 64) + 0.1, []
     gates[:, :, :inactive] = 0
-    monkeypatch.setattr(ops.cpu, "takes", lambda *args: compiled)
-    for name, module in ops._FORMULATION.items():
-        stand_in = module if module is not ops.cpu else ops.scaled_weights  # there may be no compiler here
+    monkeypatch.setattr(BACKENDS["cpu"], "is_supported", lambda *args: compiled)
+    for name, backend in BACKENDS.items():
+        stand_in = BACKENDS["scaled_weights"] if name == "cpu" else backend  # there may be no compiler here
         for direction in ("forward", "backward"):
             original = getattr(stand_in, direction)
             spy = lambda *args, n=name, d=direction, f=original: (ran.append((n, d)), f(*args))[1]  # noqa: E731
-            monkeypatch.setattr(module, direction, spy)
+            monkeypatch.setattr(backend, direction, spy)
     gated_conv2d(x, gates, weight, None, None, ONE, NONE, ONE).sum().backward()
     assert [each for each in ran if each[0] == expected] == [(expected, "forward"), (expected, "backward")]
     assert ran[0] == (expected, "forward")
 
 
-def test_an_unknown_formulation_is_refused_and_a_known_one_ends_with_its_context():
-    with pytest.raises(ValueError, match="no formulation 'fast'; there are reference, "):
-        with use_formulation("fast"):
+def test_an_unknown_backend_is_refused_and_a_known_one_ends_with_its_context():
+    with pytest.raises(ValueError, match="no backend 'fast'; there are reference, "):
+        with use_backend("fast"):
             pass
-    with pytest.raises(KeyError), use_formulation("reference"):
+    with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
-    assert ops._forced is None
+    assert selection._forced is None
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", OWN)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_stays_near_float32(way, dtype):
+def test_low_precision_stays_near_float32(backend, dtype):
     for seed in range(20):
         (*tensors, _, _), geometry = random_case(seed)
         tensors += [None, None]  # a ReLU's input that is rounded to the other side of zero is another matter
-        exact = run(way, tensors, geometry)
+        exact = run(backend, tensors, geometry)
         with torch.autocast("cpu", dtype=dtype):
-            low = run(way, tensors, geometry)
+            low = run(backend, tensors, geometry)
         assert low[0].dtype == dtype
         assert all(part.dtype == torch.float32 for part in low[1:])
         for ours, theirs in zip(low, exact, strict=True):
@@ -222,7 +223,8 @@ def test_low_precision_stays_near_float32(way, dtype):
 
 def test_autocast_leaves_the_gates_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(ops, "_formulation", lambda *args: seen.append(args[:3]) or ops.scaled_inputs)
+    chosen = BACKENDS["scaled_inputs"]
+    monkeypatch.setattr(operator, "select_backend", lambda desc, *args: seen.append(args) or chosen)
     tensors, geometry = random_case(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         gated_conv2d(*tensors, *geometry)
@@ -232,6 +234,35 @@ def test_autocast_leaves_the_gates_alone(monkeypatch):
 def test_products_that_stand_for_convolutions_take_their_precision(monkeypatch):
     products, inside = torch.backends.cuda.matmul, []
     before = products.fp32_precision
-    with ops._precision_of_convolutions():
+    with operator._precision_of_convolutions():
         inside.append(products.fp32_precision)
     assert inside == [torch.backends.cudnn.conv.fp32_precision] and products.fp32_precision == before
+
+
+def test_any_backend_can_be_used_and_what_it_does_not_support_is_computed_by_another():
+    class Picky(type(BACKENDS["scaled_inputs"])):
+        name, ran = "picky", 0
+
+        def is_supported(self, desc, x, weight):
+            return desc.is_pointwise
+
+        def forward(self, *args):
+            self.ran += 1
+            return super().forward(*args)
+
+    picky, x, gates = Picky(), torch.randn(2, 6, 5, 5), torch.rand(2, 2, 6)
+    with use_backend(picky):
+        for side in (1, 3):
+            weight = torch.randn(4, 6, side, side)
+            expected = reference.gated_conv2d(x, gates, weight, None, None, ONE, NONE, ONE)
+            torch.testing.assert_close(gated_conv2d(x, gates, weight, None, None, ONE, NONE, ONE), expected)
+    assert picky.ran == 1
+
+
+@pytest.mark.parametrize(
+    "x, weight, heads, message",
+    [((1, 5, 4, 4), (4, 6, 1, 1), 2, "channels"), ((1, 6, 4, 4), (4, 6, 1, 1), 3, "divide")],
+)
+def test_shapes_that_do_not_agree_are_refused(x, weight, heads, message):
+    with pytest.raises(ValueError, match=message):
+        gated_conv2d(torch.randn(x), torch.rand(1, heads, x[1]), torch.randn(weight), None, None, ONE, NONE, ONE)
