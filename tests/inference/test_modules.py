@@ -12,7 +12,9 @@ POOL = dict(kernel_size=3, stride=2, padding=1)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(bias=True), dict(preact=False), dict(bias=True, preact=False)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 0), (3, 2, 1), (3, 1, 2)], ids=lambda s: "kernel{}-stride{}-padding{}".format(*s))
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 0), (3, 2, 1), (3, 1, 2)], ids=lambda s: "kernel{}-stride{}-padding{}".format(*s)
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_single_layers(changes, shape, dtype):
     torch.manual_seed(0)
@@ -62,7 +64,9 @@ def test_group_convolutions(groups, width, stride, padding, dilation):
     "conv, pool, merged",
     [
         pytest.param(dict(kernel_size=7, stride=2, padding=3), POOL, True, id="as in a ResNet"),
-        pytest.param(dict(kernel_size=(3, 5), padding=(0, 4), dilation=(2, 1), bias=False), POOL, True, id="not square"),
+        pytest.param(
+            dict(kernel_size=(3, 5), padding=(0, 4), dilation=(2, 1), bias=False), POOL, True, id="not square"
+        ),
         pytest.param(dict(kernel_size=3), {name: (n, n) for name, n in POOL.items()}, True, id="pairs"),
         pytest.param(dict(kernel_size=3, padding="same"), POOL, False, id="padding by name"),
         pytest.param(dict(kernel_size=3, groups=3), POOL, False, id="groups"),
