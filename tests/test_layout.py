@@ -7,12 +7,9 @@ from helpers import ROOT
 KERNELS = {"dgc_fastai/ops/backends/triton_kernels.py"}
 TO_BE_SPLIT = {
     "dgc_fastai/compression/conversion.py",
-    "dgc_fastai/data/loaders.py",
     "tests/cli/test_commands.py",
-    "tests/data/test_loaders.py",
     "tests/inference/test_deploy.py",
     "tests/models/test_models.py",
-    "tests/training/test_learner.py",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 

@@ -18,7 +18,7 @@ __all__ = ["SOURCE", "build", "compiler_commands"]
 SOURCE = Path(__file__).parent / "csrc" / "kernel.cpp"
 VECTORS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]}
 
-log = logging.getLogger("dgc_fastai")
+log = logging.getLogger(__name__)
 
 
 def compiler_commands() -> tuple[list[str], list[str]]:

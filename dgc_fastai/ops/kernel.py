@@ -29,7 +29,7 @@ _ARGUMENTS: dict[str, tuple[type[ctypes.Structure], ...]] = {
     "backward_weight_scratch": (structures.ConvDesc,),
 }
 
-log = logging.getLogger("dgc_fastai")
+log = logging.getLogger(__name__)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

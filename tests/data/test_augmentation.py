@@ -56,9 +56,11 @@ def test_random_erasing_sets_one_rectangle_of_a_quarter_of_the_images():
 
 
 @pytest.mark.parametrize(
-    "name, function", [("rand_augment", v2.RandAugment), ("trivial_augment", v2.TrivialAugmentWide)]
+    "name, function",
+    [("rand_augment", v2.RandAugment), ("trivial_augment", v2.TrivialAugmentWide)],
+    ids=["rand_augment", "trivial_augment"],
 )
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3], ids="channels={}".format)
 def test_automatic_augmentation_is_torchvision_s_part_by_part(name, function, channels):
     data = Data(name="cifar10", path=".", augment=[name])
     (transform,) = batch_augmentation(data)
@@ -108,7 +110,7 @@ def grey_levels(one, other):
     return difference.max(), difference.mean()
 
 
-@pytest.mark.parametrize("size", [32, 64, 160])
+@pytest.mark.parametrize("size", [32, 64, 160], ids="size={}".format)
 def test_files_are_cropped_and_flipped_as_torchvision_does(size):
     image, ours = picture(), training_transform(Data(name="folder", path=".", size=size))
     theirs = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])

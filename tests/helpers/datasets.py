@@ -6,6 +6,8 @@ import pickle
 import numpy as np
 from PIL import Image
 
+from dgc_fastai.recipe.schema import Data
+
 
 def write_cifar(folder, name, binary=False, n=40):
     """CIFAR's layout with random images: image i is mostly of value i, so that it can be told."""
@@ -78,3 +80,8 @@ def write_fashion_mnist(folder, packed=False, n=30):
             else:
                 path.write_bytes(head + values.tobytes())
     return content
+
+
+def folder_data(path, **kwargs):
+    """The data section of a recipe for a folder of pictures."""
+    return Data(name="folder", path=str(path), **{"size": 16, "batch_size": 4, **kwargs})

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from dgc_fastai import load_recipe
+from dgc_fastai import build_learner, load_recipe
 from dgc_fastai.training.callbacks.order import SAVE_STATE
 from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.training.run_folder import interrupted_run
@@ -18,7 +18,9 @@ from dgc_fastai.utils.errors import Interrupted
 from helpers import QUICKSTART
 from helpers.golden import equal_states
 
-TINY = ["model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.batch_size=300", "train.epochs=3"]
+SMALL = ["model.stages=[1,1,1]", "model.growth=[4,4,4]"]
+TINY = [*SMALL, "data.batch_size=300", "train.epochs=3"]
+ONE_EPOCH = [*SMALL, "data.batch_size=400", "train.epochs=1"]
 
 
 class StopAt(Callback):
@@ -45,6 +47,15 @@ def start(overrides, resume=False, callback=None):
         return run.fit(silent(), folder), run.learner
     except Interrupted:
         return None, run.learner
+
+
+def trained(*overrides, callbacks=()):
+    """The learner of a recipe after its fit, without a run folder."""
+    learn = build_learner(load_recipe(QUICKSTART, [*ONE_EPOCH, *overrides]))
+    learn.add_cbs(list(callbacks))
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_recipe()
+    return learn
 
 
 def silent():

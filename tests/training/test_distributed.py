@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import logging
 import os
 import random
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,10 @@ import torch
 
 from dgc_fastai import load_recipe
 from dgc_fastai.cli import main as app
+from dgc_fastai.data import image_files
 from dgc_fastai.data.image_files import FileDL
+from dgc_fastai.ops import build, kernel
+from dgc_fastai.training import collectives
 from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.utils.errors import LostProcess
 from helpers import ROOT, processes
@@ -128,7 +133,7 @@ def test_a_run_of_two_processes_that_is_stopped_goes_on_to_the_same_bits(outcome
         )
 
 
-def test_a_loss_that_is_non_finite_in_one_of_two_processes(outcome):
+def test_a_nan_loss_in_one_of_two_processes(outcome):
     stopped, skipped = outcome("non_finite", 2), outcome("non_finite_skipped", 2)
     assert stopped[0] == stopped[1]
     assert "the loss is nan at step 2 (epoch 1, batch 2), of the images" in stopped[0]["error"]
@@ -223,6 +228,7 @@ def test_a_dead_process_ends_all_with_one_message(tmp_path):
         ([], {"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP"),
         ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate is configured to compile with INDUCTOR"),
     ],
+    ids=["batch size", "one device", "precision of both", "precision of accelerate", "FSDP", "dynamo"],
 )
 def test_what_cannot_be_shared_is_refused(monkeypatch, capsys, arguments, environment, answer):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", **environment}.items():
@@ -230,6 +236,20 @@ def test_what_cannot_be_shared_is_refused(monkeypatch, capsys, arguments, enviro
     monkeypatch.setattr(sys, "argv", ["app.py", str(ROOT / "recipes/quickstart.yaml"), *arguments])
     assert app.main() == 2
     assert answer in capsys.readouterr().err
+
+
+def test_only_the_main_process_warns_that_the_kernel_is_built():
+    parent, loggers = logging.getLogger("dgc_fastai.ops"), (build.log, kernel.log)
+    before = parent.level
+    try:
+        assert all(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+        with warnings.catch_warnings():
+            collectives.mute_repeated_warnings()
+        assert not any(logger.isEnabledFor(logging.WARNING) for logger in loggers)
+        # Every process reads images of its own, so it warns of those.
+        assert logging.getLogger(image_files.__name__).isEnabledFor(logging.WARNING)
+    finally:
+        parent.setLevel(before)
 
 
 def test_commands_for_one_process_refuse_several(monkeypatch, capsys):

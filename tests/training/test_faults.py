@@ -125,9 +125,7 @@ def test_a_full_disk_under_tensorboard_too(tmp_path, monkeypatch):
     logged = f"output={tmp_path}/parts", "log.loggers=[tensorboard]"
     with monkeypatch.context() as patch:
         patch.setattr(module.RecordWriter, "write", full)
-        with pytest.raises(
-            WriteError, match="No space left on device; mend that, then go on: dgc .* --resume$"
-        ):
+        with pytest.raises(WriteError, match="No space left on device; mend that, then go on: dgc .* --resume$"):
             start(logged)
     whole_files(only(tmp_path / "parts"))
     parts, _ = start(logged, resume=True)

@@ -194,7 +194,7 @@ def test_every_nth_epoch_is_kept(tmp_path):
     assert kept.keys() == load_file(folder / "last.safetensors").keys()
 
 
-def test_a_run_whose_loss_is_no_number_names_what_is_left(tmp_path):
+def test_a_run_whose_loss_is_nan_names_what_is_left(tmp_path):
     class NonFinite(Callback):
         order = 4
 

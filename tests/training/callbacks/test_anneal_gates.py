@@ -34,10 +34,10 @@ class Spy(Callback):
 
     def after_loss(self):
         if self.training:
-            lasso = sum(layer.penalty for layer in dgc_layers(self.model))
+            penalty = sum(layer.penalty for layer in dgc_layers(self.model))
             inactive = [int(layer.inactive_channels) for layer in dgc_layers(self.model)]
             loss, lr = float(self.learn.loss), self.opt.hypers[-1]["lr"]
-            self.steps.append((loss, float(lasso), lr, self.pct_train, inactive))
+            self.steps.append((loss, float(penalty), lr, self.pct_train, inactive))
             self.differentiated.append(float(self.learn.loss_grad))
 
 
@@ -101,18 +101,18 @@ def test_training_follows_the_reference_for_eight_steps():
     followed = 0
     for threads, perturbed in roundings:
         with use_backend("reference"):
-            loss, lasso, lr, progress, inactive = golden_run(golden, metadata, threads, perturbed)
+            loss, penalty, lr, progress, inactive = golden_run(golden, metadata, threads, perturbed)
         n = len(loss)
         assert_close(progress, torch.arange(n) / 24)
         assert_close(lr.float(), golden["train.lr"][:n], rtol=1e-6, atol=1e-9)
         assert_close(loss, golden["train.cross_entropy"][:n], rtol=1e-2, atol=0)
-        assert_close(lasso, golden["train.lasso_sum"][:n], rtol=1e-3, atol=0)
+        assert_close(penalty, golden["train.lasso_sum"][:n], rtol=1e-3, atol=0)
         expected = [[num_inactive(c, 0.25, step / 24) for c in channels] for step in range(3, n)]
         assert inactive[3:].tolist() == expected
         near = (loss / golden["train.cross_entropy"][:n] - 1).abs() < 1e-4
         followed = max(followed, int(near.sum()))  # a run ends at its first step astray
         if followed == 8:
-            assert_close(lasso, golden["train.lasso_sum"][:8], rtol=1e-4, atol=0)
+            assert_close(penalty, golden["train.lasso_sum"][:8], rtol=1e-4, atol=0)
             return
     assert followed >= 5, f"step {followed} is not the reference's, and rounding does not tell so early"
     pytest.skip(f"followed for {followed} steps; this machine rounds another way after them")
@@ -120,12 +120,12 @@ def test_training_follows_the_reference_for_eight_steps():
 
 def test_training_by_the_fastest_backend_follows_the_reference_until_rounding_tells():
     golden, metadata = read("tiny_dydensenet.safetensors")
-    loss, lasso, lr, _, inactive = golden_run(golden, metadata, torch.get_num_threads(), 0)
+    loss, penalty, lr, _, inactive = golden_run(golden, metadata, torch.get_num_threads(), 0)
     n = len(loss)
     assert n >= 5
     assert_close(loss[:4], golden["train.cross_entropy"][:4], rtol=1e-4, atol=0)
     assert_close(loss, golden["train.cross_entropy"][:n], rtol=1e-2, atol=0)
-    assert_close(lasso, golden["train.lasso_sum"][:n], rtol=1e-4, atol=0)
+    assert_close(penalty, golden["train.lasso_sum"][:n], rtol=1e-4, atol=0)
 
 
 def learner(*cbs, n=64, size=16, lasso_weight=1e-5, gate_factor=0.25, **kwargs):
@@ -153,6 +153,7 @@ def closed(learn):
         lambda learn: learn.fit(2, 1e-3),
         lambda learn: learn.fine_tune(2, 1e-3),
     ],
+    ids=["fit_one_cycle", "fit_flat_cos", "fit", "fine_tune"],
 )
 def test_fastai_s_ways_to_train_close_the_gates_and_log_three_columns(train):
     learn, rows = learner(), []
@@ -161,12 +162,12 @@ def test_fastai_s_ways_to_train_close_the_gates_and_log_three_columns(train):
         train(learn)
     assert inactive(learn) == closed(learn)
     assert learn.recorder.metric_names[-4:] == ["inactive", "gate_penalty", "lr", "time"]
-    share, lasso, lr = rows[-1][-4:-1]
+    share, penalty, lr = rows[-1][-4:-1]
     assert share == pytest.approx(sum(closed(learn)) / sum(layer.in_channels for layer in dgc_layers(learn.model)))
-    assert lasso > 1 and lr == learn.opt.hypers[-1]["lr"]
+    assert penalty > 1 and lr == learn.opt.hypers[-1]["lr"]
 
 
-def test_the_lasso_column_is_the_epoch_s_mean_and_the_loss_column_is_without_it():
+def test_the_penalty_column_is_the_epoch_s_mean_and_the_loss_column_is_without_it():
     spy = Spy()
     learn = learner(spy, lasso_weight=0.5)
     with learn.no_bar(), learn.no_logging():
@@ -252,7 +253,7 @@ def test_progress_goes_on_from_start_epoch():
     assert [step[3] for step in spy.steps] == pytest.approx([(8 + i) / 16 for i in range(8)])
 
 
-def test_a_dense_twin_trains_with_the_callback_too():
+def test_a_dense_baseline_trains_with_the_callback_too():
     learn = learner()
     learn.model = timm.create_model("dgc_densenet86_dense", stages=(1, 1), growth=(8, 8), num_classes=10)
     with learn.no_bar(), learn.no_logging():
