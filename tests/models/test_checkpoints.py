@@ -82,9 +82,9 @@ def test_ours_round_trip_with_progress_and_in_any_memory_format(tmp_path):
     model = tiny_densenet().to(memory_format=torch.channels_last)
     set_progress(model, 1)
     save_checkpoint(model, tmp_path / "any.name", {"recipe": "name: x"})
-    twin = load_checkpoint(tiny_densenet(), tmp_path / "any.name")
-    assert equal_states(twin.state_dict(), model.state_dict())
-    assert twin.stages[0].layers[0].conv1.inactive_channels == 12
+    loaded = load_checkpoint(tiny_densenet(), tmp_path / "any.name")
+    assert equal_states(loaded.state_dict(), model.state_dict())
+    assert loaded.stages[0].layers[0].conv1.inactive_channels == 12
     torch.save(model.state_dict(), tmp_path / "ours.pth")
     assert equal_states(load_checkpoint(tiny_densenet(), tmp_path / "ours.pth").state_dict(), model.state_dict())
     assert os.listdir(tmp_path).count("any.name") == 1 and len(os.listdir(tmp_path)) == 2  # no temporary is left

@@ -27,12 +27,12 @@ def test_operations_and_parameters_are_the_published_ones(key):
 
 @pytest.mark.parametrize("name", ["dgc_densenet86", "dgc_resnet18", "dgc_condensenet74"])
 def test_dense_count_agrees_with_pytorch_s_counter(name):
-    model, twin = timm.create_model(name), timm.create_model(f"{name}_dense").eval()
+    model, dense = timm.create_model(name), timm.create_model(f"{name}_dense").eval()
     size = model.default_cfg["input_size"]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(torch.empty(1, *size))
-    assert budget(twin, size).macs_dense == counter.get_total_flops() / 2
-    assert budget(model, size).macs_dense == budget(twin, size).macs == budget(twin, size).macs_now
+        dense(torch.empty(1, *size))
+    assert budget(dense, size).macs_dense == counter.get_total_flops() / 2
+    assert budget(model, size).macs_dense == budget(dense, size).macs == budget(dense, size).macs_now
 
 
 def test_one_layer_by_hand():
