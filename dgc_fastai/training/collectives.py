@@ -162,7 +162,9 @@ def broadcast_bytes(content: Optional[bytes]) -> Optional[bytes]:
     dist.broadcast(size, 0)
     if size < 0:
         return None
-    data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if launch.is_main_process() else None
-    data = torch.empty(int(size), dtype=torch.uint8) if data is None else data
+    if launch.is_main_process() and content is not None:
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    else:
+        data = torch.empty(int(size), dtype=torch.uint8)
     dist.broadcast(data, 0)
     return data.numpy().tobytes()

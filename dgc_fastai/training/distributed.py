@@ -44,7 +44,8 @@ def distributed_context(learn: Learner) -> Iterator[None]:
     loaders = list(learn.dls)
     for loader in loaders:
         loader.shard(launch.rank(), launch.world_size())
-        version, numbers, gauss = json.loads(broadcast_bytes(json.dumps(loader.rng.getstate()).encode()))
+        state = broadcast_bytes(json.dumps(loader.rng.getstate()).encode())
+        version, numbers, gauss = json.loads(state or b"")
         loader.rng.setstate((version, tuple(numbers), gauss))  # the same order of the images in all processes
     if not launch.is_main_process():
         # Augmentation and dropout draw for a shard at once, so each process needs random numbers of its own. Weights

@@ -35,9 +35,10 @@ def build_optimizer(groups: list[list[torch.nn.Parameter]], lr: float, train: Tr
     """
     name = train.optimizer
     try:
-        info = timm.optim.get_optimizer_info(name)
+        info: Any = timm.optim.get_optimizer_info(name)
     except ValueError:
-        hint = did_you_mean(name, timm.optim.list_optimizers()) or "; see timm.optim.list_optimizers()"
+        known = map(str, timm.optim.list_optimizers())
+        hint = did_you_mean(name, known) or "; see timm.optim.list_optimizers()"
         raise RecipeError(f"train.optimizer: timm has no {name!r}{hint}") from None
     if info.second_order:
         raise RecipeError(f"train.optimizer: {name} needs second derivatives, which fastai's loop does not compute")

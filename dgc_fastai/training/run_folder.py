@@ -87,7 +87,9 @@ def prepare_run_folder(recipe: Recipe, folder: Optional[Path]) -> tuple[Path, St
             stage = _stage(folder, recipe)
         else:
             folder = _new_run_folder(recipe)
-    return _broadcast_path(folder), Stage(all_reduce_max(stage))
+    folder = _broadcast_path(folder)
+    assert folder is not None, "the main process has one"
+    return folder, Stage(all_reduce_max(stage))
 
 
 @contextmanager
@@ -144,6 +146,7 @@ def _new_run_folder(recipe: Recipe) -> Path:
             folder.rmdir()
             raise
         return folder
+    raise AssertionError("there is always another number")
 
 
 def _broadcast_path(folder: Optional[Path]) -> Optional[Path]:

@@ -44,7 +44,7 @@ def read_state(path: Path) -> dict[str, Any]:
                 wrong = file.testzip()  # torch writes checksums, but does not compare them
             if wrong:
                 raise ValueError(f"{wrong} is not what was written")
-        state = _from_bytes(broadcast_bytes(content))
+        state = _from_bytes(broadcast_bytes(content) or b"")
     except Exception as error:  # torch has no common error for what can be wrong with a file
         raise state_error(path, f"damaged, or not a state of a run: {error}") from None
     if not isinstance(state, dict) or "format" not in state:
@@ -79,7 +79,8 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),

@@ -11,6 +11,7 @@ class WholeBatchAccumulation(GradientAccumulation):
     """fastai's GradientAccumulation, which counts the images of a batch in all processes."""
 
     state_key = "gradient_accumulation"
+    count: int
 
     def before_train(self):
         self.network = get_model(self.model)  # in validation, the learner may hold averaged weights

@@ -56,8 +56,8 @@ class ReduceOverProcesses(Callback):
     def after_validate(self):
         self.learn.model = self.wrapped
         metrics = [one for one in [self.recorder.loss, *self.learn.metrics] if hasattr(one, "total")]
-        sums = [number for metric in metrics for number in (float(metric.total), float(metric.count))]
-        sums = torch.tensor(sums, dtype=torch.float64)
+        numbers = [number for metric in metrics for number in (float(metric.total), float(metric.count))]
+        sums = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(sums)
         for metric, (total, count) in zip(metrics, sums.view(-1, 2)):
             metric.total, metric.count = total, int(count)

@@ -1,6 +1,6 @@
 """Averaged weights."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback
@@ -26,7 +26,7 @@ class AverageWeights(Callback):
 
     def __init__(self, decay: float):
         self.decay = decay
-        self.average: Optional[ModelEmaV3] = None
+        self.average: Any = None  # timm's ModelEmaV3 during a fit
 
     @property
     def averaged(self) -> torch.nn.Module:

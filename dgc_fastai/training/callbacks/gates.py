@@ -33,6 +33,8 @@ class AnnealGates(Callback):
 
     order = ANNEAL_GATES
     state_key = "anneal_gates"
+    penalty_sum: Any
+    steps: int
 
     def __init__(self, lasso_weight: float = 1e-5, anneal: bool = True):
         self.lasso_weight, self.anneal = lasso_weight, anneal

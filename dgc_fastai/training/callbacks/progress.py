@@ -1,7 +1,7 @@
 """Progress bars, and a line of numbers for each epoch."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 from fastai.callback.core import Callback
@@ -18,7 +18,7 @@ def _percent(share: float) -> str:
 
 
 # Columns of the epoch table: the recorder's name, the heading, the format of a value.
-COLUMNS = [
+COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("epoch", "epoch", str),
     ("train_loss", "train loss", "{:.4f}".format),
     ("valid_loss", "valid loss", "{:.4f}".format),
@@ -48,7 +48,8 @@ class TrainingDisplay(Callback):
     def __init__(
         self, console: Console, rows: Optional[list[dict[str, Any]]] = None, print_every: Optional[int] = None
     ):
-        self.console, self.rows, self.print_every, self.bars = console, rows, print_every, None
+        self.console, self.rows, self.print_every = console, rows, print_every
+        self.bars: Optional[Progress] = None
 
     def before_fit(self):
         if self.console.is_terminal:

@@ -58,7 +58,7 @@ class SaveState(Callback):
 
         def ask(number: int, _) -> None:
             self.stop = number
-            signal.signal(number, before[number])
+            signal.signal(number, before[signal.Signals(number)])
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
