@@ -20,6 +20,7 @@ from PIL import Image
 import dgc_fastai
 from dgc_fastai import budget, load_recipe
 from dgc_fastai.layers.gate_schedule import dgc_layers
+from dgc_fastai.ops import BACKENDS
 from dgc_fastai.recipe.catalogue import describe_recipes, find_recipe, recipes_folder
 from dgc_fastai.recipe.schema import Recipe, Section
 from helpers import ROOT
@@ -93,7 +94,7 @@ def check_readme(names, output):
 
 
 def check_python(names, output):
-    assert "torch.Size([2, 128, 8, 8])" in output
+    assert "torch.Size([2, 128, 8, 8])" in output and "torch.Size([1, 10])" in output
     assert names["loss"].isfinite() and dgc_layers(names["model"])[0].inactive_channels == 12
 
 
@@ -240,6 +241,11 @@ def test_costs_of_the_networks_are_those_listed():
         for number, count in zip(numbers, (cost.macs, cost.macs_dense, cost.parameters)):
             digits = len(number.partition(".")[2])
             assert f"{count / 1e6:,.{digits}f}" == number, network
+
+
+def test_backends_are_those_listed():
+    table = (DOCS / "python.md").read_text().partition("| backend |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", re.sub(r"\| [^`|]*\|$", "", table, flags=re.M))) == set(BACKENDS)
 
 
 def test_packages_are_those_of_the_map():
