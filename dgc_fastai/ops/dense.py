@@ -67,7 +67,7 @@ class TrainedGroupConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, groups, *geometry):
         ctx.save_for_backward(x, weight)
-        ctx.desc = conv_desc(x.shape, weight.shape, groups, *geometry, grouped=True)
+        ctx.desc = conv_desc(x.shape, weight.shape, groups, *geometry, True)
         return cpu.group_conv2d(ctx.desc, x, weight)
 
     @staticmethod
@@ -77,8 +77,8 @@ class TrainedGroupConv(torch.autograd.Function):
 
 
 def _group_conv2d_definition(x: Tensor, layer: PackedLayer) -> Tensor:
-    weight, bias = (None if part is None else part.to(x.dtype) for part in (layer.weight, layer.bias))
-    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.heads)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.conv2d(x, layer.weight.to(x.dtype), bias, layer.stride, layer.padding, layer.dilation, layer.heads)
 
 
 def _stem_definition(x: Tensor, layer: PackedLayer) -> Tensor:

@@ -40,7 +40,7 @@ def gated_conv2d(
         if uses_reference():
             return reference.gated_conv2d(x, gates, weight, scale, shift, stride, padding, dilation)
         if torch.compiler.is_exporting():  # an exported network should run without this package
-            x = x if scale is None else reference.apply_norm(x, scale, shift)
+            x = x if scale is None or shift is None else reference.apply_norm(x, scale, shift)
             return exported.gated_conv2d(x, gates, weight, stride, padding, dilation)
     return torch.ops.dgc_fastai.gated_conv2d(x, gates, weight, scale, shift, stride, padding, dilation)
 

@@ -66,7 +66,9 @@ class PackedLayer:
         packed: Optional[Packed] = None,
     ):
         self.weight, self.bias, self.heads, self.relu = weight, bias, heads, relu
-        self.stride, self.padding, self.dilation = tuple(stride), tuple(padding), tuple(dilation)
+        self.stride: Pair = (stride[0], stride[1])  # the dispatcher passes lists
+        self.padding: Pair = (padding[0], padding[1])
+        self.dilation: Pair = (dilation[0], dilation[1])
         self.scale, self.shift, self.gates = scale, shift, gates
         self.weight_shape, self.grouped = weight.shape, gates is None
         self.kept: Optional[int] = None
@@ -106,7 +108,7 @@ class PackedLayer:
         """The inverse of `flat`."""
         *arguments, squeeze, excite, gate_bias, inactive, weight, winograd_weight, packed_excite = flat
         gates = None if squeeze is None else GateWeights(squeeze, excite, gate_bias, inactive)
-        return cls(*arguments, gates, Packed(weight, winograd_weight, packed_excite))
+        return cls(*arguments, gates=gates, packed=Packed(weight, winograd_weight, packed_excite))
 
     def __reduce__(self) -> tuple:
         arguments = self.weight, self.bias, self.heads, self.stride, self.padding, self.dilation, self.relu

@@ -61,7 +61,7 @@ def describe() -> str:
     """One line for each structure: its name, size, and the offset and size of each field, in bytes."""
     lines = []
     for structure in (Axis, ConvDesc, PackedLayer, ForwardArgs, BackwardArgs, PackArgs):
-        fields = ((name, getattr(structure, name)) for name, _ in structure._fields_)
+        fields = ((name, getattr(structure, name)) for name, *_ in structure._fields_)
         described = "".join(f" {name}={field.offset}+{field.size}" for name, field in fields)
         lines.append(f"{structure.__name__} {ctypes.sizeof(structure)}{described}\n")
     return "".join(lines)

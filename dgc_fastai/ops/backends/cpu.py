@@ -39,6 +39,7 @@ class Cpu(Backend):
         grad, values = grad.contiguous(), gates.to(kernel.acc_dtype(x.dtype)).contiguous()
         backward = _backward_pointwise if desc.is_pointwise else _backward
         dx, dgates, dweight = backward(desc, grad, x, values, weight)
+        assert dgates is not None
         return Gradients(dx, dgates.to(gates.dtype), dweight)
 
 
