@@ -28,19 +28,19 @@ def convert(
 
     The network then computes what it did before: all gates start open, and within 1e-5 of one. Train it further with
     `AnnealGates`, or `set_progress` and `gate_penalty`, and they learn which channels each image needs while they
-    close. Norms and activations stay where the network has them.
+    close. Normalization layers and activations stay where the network has them.
 
-    Left as they are: convolutions with groups, with fewer than eight input channels, such as the first, or with a
-    number of output channels that heads does not divide; those that see a single pixel, as in squeeze-and-excitation
-    and in heads; subclasses of `nn.Conv2d`, and convolutions with hooks, that do more than convolve. Each one and its
-    reason goes to the log, at level INFO. Networks whose branches are merged after training, such as RepVGG and
-    MobileOne, are to be merged before.
+    Not replaced are convolutions with groups, with fewer than eight input channels, such as the first one, or with a
+    number of output channels that `heads` does not divide; those whose output is a single pixel, as in
+    squeeze-and-excitation and in classifiers; and subclasses of `nn.Conv2d` and convolutions with hooks, which do more
+    than convolve. Each of these and its reason is logged at level INFO. Networks whose branches are merged after
+    training, such as RepVGG and MobileOne, have to be merged first.
 
     Args:
-        model: changed in place. Optimisers of its parameters have to be made anew.
+        model: changed in place. Create the optimizer of its parameters afterwards.
         heads, gate_factor, squeeze_rate: of every DGC layer, see `DynamicGroupConv2d`.
-        skip: names of modules to leave as they are, with wildcards: `"layer1.*"`.
-        input_size: (channels, height, width) of the images it is for; by default those of timm's `default_cfg`, or
+        skip: names of modules that are not replaced, with wildcards: `"layer1.*"`.
+        input_size: (channels, height, width) of its images in pixels; by default that of timm's `default_cfg`, or
             224 px.
 
     Returns:
@@ -48,7 +48,7 @@ def convert(
 
     Raises:
         ValueError: there is no convolution to replace, heads is less than 1 or squeeze_rate less than 2, gate_factor
-            is outside (0, 1], or the network does not take such images. The model is then as it was.
+            is outside (0, 1], or the network cannot take images of that size. The model is then unchanged.
     """
     patterns = [skip] if isinstance(skip, str) else list(skip)
     if heads < 1 or squeeze_rate < 2:

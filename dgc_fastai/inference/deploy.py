@@ -59,9 +59,6 @@ def deploy(model: nn.Module) -> nn.Module:
     if network is not None:
         concatenate_in_place(network)
         network.lower()
-    for module in root.modules():
-        if isinstance(module, (DeployedConv2d, DeployedGroupConv2d)):
-            module.repack()
     return root[0].eval()
 
 

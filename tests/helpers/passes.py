@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from dgc_fastai import DynamicGroupConv2d
 from dgc_fastai.inference.graph import Network, replace_module
-from dgc_fastai.inference.modules import DeployedConv2d, DeployedGroupConv2d
+from dgc_fastai.inference.modules import DeployedConv2d
 from helpers.networks import agree
 
 
@@ -23,9 +23,6 @@ def traced(model):
 def run(net, x):
     """The model, after the passes."""
     net.lower()
-    for module in net.root.modules():
-        if isinstance(module, (DeployedConv2d, DeployedGroupConv2d)):
-            module.repack()
     with torch.no_grad():
         return net.root(x)
 
