@@ -107,6 +107,8 @@ class _Kept:
     def some_heads(self) -> Iterator[_Some]:
         """The heads, a few at a time."""
         batch = len(self.x)
+        if batch == 0:
+            return
         values = self.places.shape[1] * self.x.shape[2] * self.x.shape[3]
         step = max(1, MAX_VALUES // values)
         for start in range(0, self.heads, step):
