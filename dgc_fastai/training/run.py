@@ -1,6 +1,6 @@
 """A training run: from a recipe to a folder with its weights.
 
-A recipe goes through these files, in this order, and returns to none of them:
+A recipe goes through these files, in this order, and returns to none of them. Helpers of a single step are not listed.
 
 1. `recipe/loading.py`: YAML -> Recipe
 2. `training/run.py`: Recipe -> TrainingRun, which resolves the device, the classes and the cost once
