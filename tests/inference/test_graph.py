@@ -85,6 +85,12 @@ def remembering(self, x):
     return self.seen + 1
 
 
+def changing_in_passing(self, x):
+    y = self.residual(x)
+    y.add_(1)  # a step whose result nobody reads
+    return y * 2
+
+
 @pytest.mark.parametrize(
     "forward, call, rewritten",
     [
@@ -93,6 +99,7 @@ def remembering(self, x):
         pytest.param(lambda self, x, y: self.residual(x) + y, lambda part, x: part(x, x), False, id="two arguments"),
         pytest.param(lambda self, x: self.residual(x), lambda part, x: part(x=x), False, id="by keyword"),
         pytest.param(lambda self, x: (self.residual(x), x), lambda part, x: part(x)[0], False, id="two results"),
+        pytest.param(changing_in_passing, lambda part, x: part(x), False, id="a step that returns nothing"),
         pytest.param(remembering, lambda part, x: part(x) + part.seen, False, id="remembers"),
         pytest.param(lambda self, x: self.residual(x + self.count), lambda part, x: part(x), True, id="a buffer"),
     ],
