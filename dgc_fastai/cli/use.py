@@ -96,7 +96,7 @@ def predict(
     for path, classes in zip(paths, found):
         results.print(str(path), soft_wrap=True, highlight=False, markup=False)
         line = "   ".join(f"[bold]{escape(name)}[/] {100 * probability:.2f} %" for name, probability in classes)
-        results.print(Padding(Text.from_markup(line), (0, 0, 0, 4)), highlight=False)
+        results.print(Padding(Text.from_markup(line), (0, 0, 0, 4), expand=False), highlight=False)
 
 
 @app.command(

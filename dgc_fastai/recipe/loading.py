@@ -47,7 +47,7 @@ def parse_recipe(text: str, where: str, overrides: Iterable[str] = ()) -> Recipe
     for override in overrides:
         _override(content, lines, override)
     try:
-        # From JSON, because in strict mode pydantic accepts a list only there for what YAML calls a sequence.
+        # Through JSON, whose types are those of YAML: pydantic's strict mode converts nothing.
         return Recipe.model_validate_json(_to_json(content, where))
     except ValidationError as error:
         # Unknown keys first: a misspelt key explains a missing one.
