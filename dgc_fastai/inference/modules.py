@@ -40,6 +40,11 @@ class DeployedConv2d(_Deployed):
     `.to(dtype)` converts the weight only; all that is small stays in float32, or float64.
     """
 
+    weight: Tensor
+    squeeze: Tensor
+    excite: Tensor
+    gate_bias: Tensor
+    inactive_channels: Tensor
     scale: Optional[Tensor]
     shift: Optional[Tensor]
     bias: Optional[Tensor]
@@ -119,6 +124,7 @@ class DeployedConv2d(_Deployed):
 class DeployedGroupConv2d(_Deployed):
     """What `deploy` makes of a group convolution, such as the 3x3 ones of a DenseNet."""
 
+    weight: Tensor
     bias: Optional[Tensor]
 
     def __init__(self, conv: nn.Conv2d):
@@ -134,7 +140,7 @@ class DeployedGroupConv2d(_Deployed):
         return group_conv2d(x, self.packed, out)
 
     def repack(self) -> None:
-        geometry = self.stride, self.padding, self.dilation
+        geometry: Any = self.stride, self.padding, self.dilation
         self.packed = PackedLayer(self.weight, self.bias, self.groups, *geometry)
 
 
@@ -146,11 +152,11 @@ class DeployedStem(DeployedGroupConv2d):
         self.weight = self.weight.contiguous(memory_format=torch.channels_last)  # for the case without the kernel
         self.repack()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return stem(x, self.packed)
 
 
-def _folded(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _folded(norm: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     dtype = acc_dtype(dtype)
     return folded_norm.affine(norm, norm.running_mean.to(dtype), (norm.running_var.to(dtype) + norm.eps).rsqrt())
 

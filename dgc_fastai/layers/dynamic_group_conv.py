@@ -103,6 +103,7 @@ class DynamicGroupConv2d(nn.Module):
     """
 
     penalty: Optional[Tensor]
+    inactive_channels: Tensor
 
     def __init__(
         self,
@@ -158,16 +159,8 @@ class DynamicGroupConv2d(nn.Module):
     @classmethod
     def like(cls, conv: nn.Conv2d, **keywords: Any) -> "DynamicGroupConv2d":
         """A new layer with the geometry, device and type of a convolution; `keywords` as in the constructor."""
-        layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            bias=conv.bias is not None,
-            **keywords,
-        )
+        geometry: tuple[Any, Any, Any, Any] = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        layer = cls(conv.in_channels, conv.out_channels, *geometry, bias=conv.bias is not None, **keywords)
         return layer.to(device=conv.weight.device, dtype=conv.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,7 +203,7 @@ class DynamicGroupConv2d(nn.Module):
 
     @torch.jit.unused
     def _recomputing(self, x: Tensor) -> Tensor:
-        norm = self.norm
+        norm: Any = self.norm
         norm.num_batches_tracked.add_(1)
         y, mean, inverse = torch.native_batch_norm(
             x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, norm.momentum, norm.eps
@@ -229,7 +222,8 @@ class DynamicGroupConv2d(nn.Module):
 
     @torch.jit.unused
     def _folded_norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale, shift = folded_norm.fold(self.norm, x)
+        norm: Any = self.norm
+        scale, shift = folded_norm.fold(norm, x)
         return scale, shift, folded_norm.Pooled.apply(x, scale, shift)
 
     def __getstate__(self) -> dict:

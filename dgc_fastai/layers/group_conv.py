@@ -1,5 +1,7 @@
 """Group convolutions."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -29,14 +31,7 @@ class StaticGroupConv2d(nn.Sequential):
         for side, channels in (("input", conv.in_channels), ("output", conv.out_channels)):
             if heads < 1 or channels % heads:
                 raise ValueError(f"heads={heads} does not divide the {channels} {side} channels of a group convolution")
-        grouped = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            groups=heads,
-            bias=conv.bias is not None,
-        )
+        geometry: tuple[Any, Any, Any, Any] = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        sizes = conv.in_channels, conv.out_channels
+        grouped = nn.Conv2d(*sizes, *geometry, groups=heads, bias=conv.bias is not None)
         super().__init__(grouped.to(device=conv.weight.device, dtype=conv.weight.dtype), nn.ChannelShuffle(heads))

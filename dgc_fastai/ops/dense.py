@@ -65,9 +65,9 @@ class TrainedGroupConv(torch.autograd.Function):
     dilation)` with contiguous x [B, C, H, W] and weight [O, C / groups, kh, kw]."""
 
     @staticmethod
-    def forward(ctx, x, weight, groups, *geometry):
+    def forward(ctx, x, weight, groups, stride, padding, dilation):
         ctx.save_for_backward(x, weight)
-        ctx.desc = conv_desc(x.shape, weight.shape, groups, *geometry, True)
+        ctx.desc = conv_desc(x.shape, weight.shape, groups, stride, padding, dilation, True)
         return cpu.group_conv2d(ctx.desc, x, weight)
 
     @staticmethod

@@ -1,5 +1,7 @@
 """A batch norm as `x * scale + shift`, for a kernel that applies it where it reads x, and the pooling before it."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -14,6 +16,7 @@ def fold(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
         if norm.training and norm.running_mean is not None:
             _count(norm, mean.detach(), var.detach(), x.numel() // x.shape[1])
     else:
+        assert norm.running_var is not None
         mean, var = norm.running_mean.float(), norm.running_var.float()
     return affine(norm, mean, (var + norm.eps).rsqrt())
 
@@ -21,12 +24,12 @@ def fold(norm: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
 def affine(norm: nn.BatchNorm2d, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift of a norm whose features have this mean and inverse standard deviation."""
     if norm.weight is None:
-        return inverse, -mean * inverse
+        return inverse, -mean * inverse  # type: ignore[unreachable]
     scale = inverse * norm.weight.to(inverse.dtype)
     return scale, norm.bias.to(inverse.dtype) - mean * scale
 
 
-def _count(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, size: int) -> None:
+def _count(norm: Any, mean: Tensor, var: Tensor, size: int) -> None:
     norm.num_batches_tracked.add_(1)
     share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
     for running, batch in ((norm.running_mean, mean), (norm.running_var, var * (size / (size - 1)))):

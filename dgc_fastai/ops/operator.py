@@ -61,7 +61,7 @@ def _precision_of_convolutions() -> Iterator[None]:
     """A matrix product that stands for a convolution may use TF32 where a convolution may."""
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
-    products.fp32_precision = torch.backends.cudnn.conv.fp32_precision
+    products.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     try:
         yield
     finally:

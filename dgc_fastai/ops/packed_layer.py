@@ -108,7 +108,8 @@ class PackedLayer:
         """The inverse of `flat`."""
         *arguments, squeeze, excite, gate_bias, inactive, weight, winograd_weight, packed_excite = flat
         gates = None if squeeze is None else GateWeights(squeeze, excite, gate_bias, inactive)
-        return cls(*arguments, gates=gates, packed=Packed(weight, winograd_weight, packed_excite))
+        packed = Packed(weight, winograd_weight, packed_excite)
+        return cls(*arguments, gates=gates, packed=packed)  # type: ignore[misc]
 
     def __reduce__(self) -> tuple:
         arguments = self.weight, self.bias, self.heads, self.stride, self.padding, self.dilation, self.relu

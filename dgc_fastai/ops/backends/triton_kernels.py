@@ -502,7 +502,7 @@ def forward(
     block_f, block_p = _block(filters, 64), _block(out_size[0] * out_size[1], 64 if exact else 128)
     programs = batch * heads * triton.cdiv(out_size[0] * out_size[1], block_p) * triton.cdiv(filters, block_f)
     with torch.cuda.device_of(x):
-        gates, scale, shift = _contiguous(gates, scale, shift)
+        gates, scale, shift = _contiguous(gates, scale, shift)  # type: ignore[assignment]
         _forward[(programs,)](
             x,
             *_lists(gates),
@@ -551,7 +551,7 @@ def backward(
     block_c, block_p, block_f = _block(channels, 64), _block(in_size[0] * in_size[1], 32), _block(filters, 64)
     ranges, tiles = triton.cdiv(channels, block_c), triton.cdiv(in_size[0] * in_size[1], block_p)
     with torch.cuda.device_of(x):
-        gates, scale, shift = _contiguous(gates, scale, shift)
+        gates, scale, shift = _contiguous(gates, scale, shift)  # type: ignore[assignment]
         lists = _lists(gates)
         dx = torch.empty_like(x)
         flat = _flat(x) and _flat(dx) and _flat(grad)
@@ -622,6 +622,6 @@ def backward(
         dweight = dweight.sum(0).reshape(*kernel, outputs, channels).permute(2, 3, 0, 1)
         dweight = torch.empty_like(weight).copy_(dweight)
         dgates = dgates.sum(0)
-        if dscale is not None:
+        if dscale is not None and dshift is not None:
             dscale, dshift = dscale.sum((0, 1)), dshift.sum((0, 1))
     return dx, dgates, dweight, dscale, dshift
