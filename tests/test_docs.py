@@ -253,6 +253,10 @@ def test_packages_are_those_of_the_map():
     package = ROOT / "dgc_fastai"
     folders = {path.name for path in package.iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert set(re.findall(r"^  (\w+)/ ", text, re.M)) == folders
+    # The way of a recipe is the one that training/run.py tells.
+    way = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.M)
+    assert way == re.findall(r"^\d\. `([\w/]+\.py)`", (package / "training/run.py").read_text(), re.M)
+    assert all((package / path).exists() for path in way)
     order = re.search(r"^((?:\w+ > )+\w+)\.", text, re.M)[1].split(" > ")
     assert {*order, "recipe", "utils"} == folders
 
