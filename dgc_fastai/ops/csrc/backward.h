@@ -70,8 +70,9 @@ struct GradPacking {
 // sums[r][:] += filters[r] * gradients, over the filters of a block and the taps of a phase, for ROWS kept channels and
 // VECTORS vectors of neighboring pixels. Starts with zero if this is the `first` call for these sums.
 template <typename T, int ROWS, int VECTORS>
-inline void backward_input_micro_kernel(const T* gradients, int64_t plane, const GradPacking::Phase& phase,
-                                        int64_t width, const T* const* filters, bool first, T* sums, int64_t pitch) {
+inline void backward_input_micro_kernel(
+    const T* gradients, int64_t plane, const GradPacking::Phase& phase, int64_t width, const T* const* filters,
+    bool first, T* sums, int64_t pitch) {
   using V = typename Vector<T>::type;
   constexpr int64_t kSize = Vector<T>::size;
   V results[ROWS][VECTORS];
@@ -105,8 +106,8 @@ inline void backward_input_micro_kernel(const T* gradients, int64_t plane, const
 
 // to[i * stride] += from[i] * gate for i in [0, count); returns the sum of from[i] * x[i * stride].
 template <typename T>
-inline T scatter(const T* __restrict__ from, int64_t count, int64_t stride, T gate, const T* __restrict__ x,
-                 T* __restrict__ to) {
+inline T scatter(
+    const T* __restrict__ from, int64_t count, int64_t stride, T gate, const T* __restrict__ x, T* __restrict__ to) {
   using V = typename Vector<T>::type;
   constexpr int64_t kSize = Vector<T>::size;
   T sum = 0;
@@ -243,8 +244,8 @@ void backward_input(const ConvDesc& n, const PackedLayer<T>& layer, const Backwa
 
 // sums[t][:] += pixels that tap t reads * gradients of VECTORS vectors of filters, for TAPS taps, over all outputs.
 template <typename T, int TAPS, int VECTORS>
-inline void backward_weight_micro_kernel(const ConvDesc& n, const T* pixels, const int64_t* offsets, int64_t pitch,
-                                         const T* gradients, T* sums) {
+inline void backward_weight_micro_kernel(
+    const ConvDesc& n, const T* pixels, const int64_t* offsets, int64_t pitch, const T* gradients, T* sums) {
   using V = typename Vector<T>::type;
   constexpr int64_t kSize = Vector<T>::size;
   V results[TAPS][VECTORS];
@@ -382,8 +383,8 @@ struct BackwardWeight {
     const auto some = [&](auto size) {
       constexpr int kTaps = decltype(size)::value;
       for (; t + kTaps <= n.taps(); t += kTaps) {
-        backward_weight_micro_kernel<T, kTaps, VECTORS>(n, pixels, packing.offsets.data() + t, packing.pitch, gradients,
-                                                        result + t * groups.width);
+        backward_weight_micro_kernel<T, kTaps, VECTORS>(
+            n, pixels, packing.offsets.data() + t, packing.pitch, gradients, result + t * groups.width);
       }
     };
     (some(Constant<TAPS>()), ...);

@@ -76,8 +76,8 @@ struct Panel {
 
 // sums[r] = sum over s of factors[r * by_row + s * by_term] * rows[s], for ROWS results of VECTORS vectors each.
 template <typename T, int ROWS, int VECTORS, typename Done>
-inline void product_micro_kernel(const T* rows, int64_t stride, int64_t length, const T* factors, int64_t by_row,
-                                 int64_t by_term, Done done) {
+inline void product_micro_kernel(
+    const T* rows, int64_t stride, int64_t length, const T* factors, int64_t by_row, int64_t by_term, Done done) {
   typename Vector<T>::type sums[ROWS][VECTORS] = {};
   for (int64_t s = 0; s < length; ++s, rows += stride, factors += by_term) {
     typename Vector<T>::type values[VECTORS];
@@ -99,8 +99,9 @@ inline void product_micro_kernel(const T* rows, int64_t stride, int64_t length, 
 
 // result(r)[:width] = (ADD: +=) sum over s of factors[r * by_row + s * by_term] * panel.row(s)
 template <typename T, bool ADD, typename Result>
-void product(int64_t count, int64_t length, const Panel<T>& panel, int64_t width, const T* factors, int64_t by_row,
-             int64_t by_term, Result result) {
+void product(
+    int64_t count, int64_t length, const Panel<T>& panel, int64_t width, const T* factors, int64_t by_row,
+    int64_t by_term, Result result) {
   constexpr int64_t kSize = Vector<T>::size;
   const auto put = [&](int64_t r, int64_t at, typename Vector<T>::type v) {
     T* to = result(r) + at;
@@ -209,15 +210,16 @@ struct BackwardPointwise {
       work.gradients.copy(n.filters, width, [&](int64_t f) {
         return args.grad_y + (b * n.out_channels() + heads.output(h, f)) * n.area() + p;
       });
-      product<T, true>(count, n.filters, work.gradients, width, work.kept.filters.data(), n.filters, 1,
-                       [&](int64_t s) { return args.grad_x + offset(s); });
+      product<T, true>(count, n.filters, work.gradients, width, work.kept.filters.data(), n.filters, 1, [&](int64_t s) {
+        return args.grad_x + offset(s);
+      });
       if (n.filters < 4 * Vector<T>::size) {
         add_outer_product(count, n.filters, work.inputs, work.gradients, work.sums.data());
       } else {  // with filters in the lanes of vectors, no sums across lanes are needed
         work.transposed.transpose(work.gradients, n.filters, width);
-        product<T, true>(count, width, work.transposed, n.filters, work.inputs.row(0),
-                         work.inputs.vectors * Vector<T>::size, 1,
-                         [&](int64_t s) { return work.sums.data() + s * n.filters; });
+        product<T, true>(
+            count, width, work.transposed, n.filters, work.inputs.row(0), work.inputs.vectors * Vector<T>::size, 1,
+            [&](int64_t s) { return work.sums.data() + s * n.filters; });
       }
     }
   }

@@ -15,9 +15,9 @@ namespace dgc {
 // sums[r][:] += filters[r] * pixels, over kept channels and taps, for ROWS filters and VECTORS vectors of neighboring
 // outputs. Starts with bias[r] if this is the `first` call for these sums, and applies ReLU if `apply_relu`.
 template <typename T, int ROWS, int VECTORS>
-inline void micro_kernel(const T* pixels, int64_t plane, const std::vector<int64_t>& offsets, const int64_t* kept,
-                         int64_t count, const T* filters, int64_t width, bool first, bool apply_relu, const T* bias,
-                         T* sums, int64_t pitch) {
+inline void micro_kernel(
+    const T* pixels, int64_t plane, const std::vector<int64_t>& offsets, const int64_t* kept, int64_t count,
+    const T* filters, int64_t width, bool first, bool apply_relu, const T* bias, T* sums, int64_t pitch) {
   using V = typename Vector<T>::type;
   constexpr int64_t kSize = Vector<T>::size;
   const int64_t taps = offsets.size();
@@ -143,8 +143,9 @@ struct DirectConv {
       const int64_t c = work.kept[s];
       const S* from = args.x + tile.b * args.x_stride + heads.input(tile.h, c) * n.area();
       T* to = work.pixels.get() + int64_t(s) * packing.plane;
-      with_input_transform(layer, c, heads.gate(tile.b, tile.h, c),
-                           [&](auto transform) { packing.pack(n, tile.row, tile.height, from, to, transform); });
+      with_input_transform(layer, c, heads.gate(tile.b, tile.h, c), [&](auto transform) {
+        packing.pack(n, tile.row, tile.height, from, to, transform);
+      });
     }
   }
 
@@ -179,8 +180,9 @@ struct DirectConv {
         });
       };
       for_vector_tiles(whole / kSize, [&](int64_t at, auto vectors) { accumulate(at * kSize, vectors, true); });
-      for_vector_tiles(vectors_for<T>(line - whole),
-                       [&](int64_t at, auto vectors) { accumulate(whole + at * kSize, vectors, false); });
+      for_vector_tiles(vectors_for<T>(line - whole), [&](int64_t at, auto vectors) {
+        accumulate(whole + at * kSize, vectors, false);
+      });
     }
     for (int64_t j = 0; j < width; ++j) {
       store_output(work.sums.get() + j * work.pitch, tile.height, whole, line, y + j * filter_stride);

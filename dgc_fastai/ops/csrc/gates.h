@@ -133,8 +133,9 @@ void compute_gates(const ConvDesc& n, const PackedLayer<T>& layer, const Forward
         squeezed[r] = relu(dot(weight + r * n.channels, pooled.data() + b * n.channels, n.channels));
       }
       T* to = gates + i * n.channels;
-      excite(layer.excite + h * hidden * n.channels, squeezed.data(), hidden, layer.gate_bias + h * n.channels,
-             n.channels, to);
+      excite(
+          layer.excite + h * hidden * n.channels, squeezed.data(), hidden, layer.gate_bias + h * n.channels, n.channels,
+          to);
       drop_smallest(to, n.channels, *layer.inactive);
     }
   });

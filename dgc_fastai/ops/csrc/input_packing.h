@@ -69,8 +69,8 @@ struct InputPacking {
   int64_t line(const ConvDesc& n, int64_t rows) const { return (rows - 1) * pitch + n.x.out; }
 
   // Rows of the output for which so many channels of input fit into `bytes`; fewer if threads would idle.
-  static int64_t fitting_rows(const ConvDesc& n, int64_t bytes, int64_t channels, int64_t value_size, int64_t units,
-                              int64_t threads) {
+  static int64_t fitting_rows(
+      const ConvDesc& n, int64_t bytes, int64_t channels, int64_t value_size, int64_t units, int64_t threads) {
     const InputPacking one(n, 1);
     const int64_t line = std::max<int64_t>(channels, 1) * int64_t(one.phases.size()) * one.pitch * value_size;
     return balanced_rows(n.y.out, bytes / line - n.y.max_shift(), units, threads);
@@ -79,8 +79,9 @@ struct InputPacking {
   // Copies the pixels of channel x that outputs of rows [row, row + count) read, each as `transform` makes it. `to`
   // must hold zeros, or what was packed before for the same rows.
   template <typename S, typename T, typename Transform>
-  void pack(const ConvDesc& n, int64_t row, int64_t count, const S* __restrict__ x, T* __restrict__ to,
-            Transform transform) const {
+  void pack(
+      const ConvDesc& n, int64_t row, int64_t count, const S* __restrict__ x, T* __restrict__ to,
+      Transform transform) const {
     for (size_t i = 0; i < phases.size(); ++i) {
       const auto [a, b] = phases[i];
       const int64_t left = std::min(n.x.first(b), pitch), width = std::min(n.x.last(b), pitch) - left;

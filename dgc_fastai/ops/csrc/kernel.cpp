@@ -32,15 +32,15 @@ void gated_layer(const dgc::ConvDesc& n, const dgc::PackedLayer<T>& layer, dgc::
   extern "C" void dgc_##name##_##SUFFIX(const dgc::ConvDesc* n, const dgc::PackArgs<S, T>* args) { \
     dgc::name<S, T>(*n, *args);                                                                    \
   }
-#define DGC_FORWARD(name, function, S, T, SUFFIX)                                                 \
-  extern "C" void dgc_##name##_##SUFFIX(const dgc::ConvDesc* n, const dgc::PackedLayer<T>* layer, \
-                                        const dgc::ForwardArgs<S, T>* args) {                     \
-    function<S, T>(*n, *layer, *args);                                                            \
+#define DGC_FORWARD(name, function, S, T, SUFFIX)                                                     \
+  extern "C" void dgc_##name##_##SUFFIX(                                                              \
+      const dgc::ConvDesc* n, const dgc::PackedLayer<T>* layer, const dgc::ForwardArgs<S, T>* args) { \
+    function<S, T>(*n, *layer, *args);                                                                \
   }
-#define DGC_BACKWARD(name, T, SUFFIX)                                                             \
-  extern "C" void dgc_##name##_##SUFFIX(const dgc::ConvDesc* n, const dgc::PackedLayer<T>* layer, \
-                                        const dgc::BackwardArgs<T>* args) {                       \
-    dgc::name<T>(*n, *layer, *args);                                                              \
+#define DGC_BACKWARD(name, T, SUFFIX)                                                               \
+  extern "C" void dgc_##name##_##SUFFIX(                                                            \
+      const dgc::ConvDesc* n, const dgc::PackedLayer<T>* layer, const dgc::BackwardArgs<T>* args) { \
+    dgc::name<T>(*n, *layer, *args);                                                                \
   }
 
 #define DGC_INFERENCE(S, T, SUFFIX)                          \

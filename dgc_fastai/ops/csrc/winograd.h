@@ -80,8 +80,9 @@ inline void store_first(T* to, typename Vector<T>::type v, int64_t count) {
 // Transforms the pixels that `count` rows of tiles, from `row` on, read of channel x; point p goes to `to + p * plane`,
 // in lines as `packing` has them. Nothing from `end` on may be read.
 template <typename S, typename T, typename Transform>
-void input_transform(const ConvDesc& n, const InputPacking& packing, int64_t row, int64_t count, const S* x,
-                     const S* end, T* to, int64_t plane, Transform transform) {
+void input_transform(
+    const ConvDesc& n, const InputPacking& packing, int64_t row, int64_t count, const S* x, const S* end, T* to,
+    int64_t plane, Transform transform) {
   using V = typename Vector<T>::type;
   constexpr int kPoints = Winograd<T>::kPoints;
   const int64_t left = n.x.first(0), skipped = n.x.pixel(left, 0), width = std::min(n.x.last(0), packing.pitch) - left;
@@ -114,8 +115,9 @@ void input_transform(const ConvDesc& n, const InputPacking& packing, int64_t row
 // `count` rows of tiles of one filter's outputs, from `row` on, from the sums at each point, which are `plane` values
 // apart.
 template <typename S, typename T>
-void output_transform(const ConvDesc& n, const InputPacking& packing, int64_t row, int64_t count, const T* from,
-                      int64_t plane, T bias, bool apply_relu, S* y) {
+void output_transform(
+    const ConvDesc& n, const InputPacking& packing, int64_t row, int64_t count, const T* from, int64_t plane, T bias,
+    bool apply_relu, S* y) {
   using V = typename Vector<T>::type;
   constexpr int kOutputs = Winograd<T>::kOutputs, kPoints = Winograd<T>::kPoints;
   for (int64_t r = 0; r < count; ++r, from += packing.pitch) {
@@ -172,8 +174,9 @@ struct WinogradConv {
         heads{n, args.gates},
         point(point_desc<T>(n)),
         max_kept(heads.max_kept()),
-        rows(InputPacking::fitting_rows(point, 2 * kL2Bytes, max_kept * kPoints, sizeof(T), n.batch * n.heads,
-                                        at::get_num_threads())),
+        rows(
+            InputPacking::fitting_rows(
+                point, 2 * kL2Bytes, max_kept * kPoints, sizeof(T), n.batch * n.heads, at::get_num_threads())),
         tiles((point.y.out + rows - 1) / rows),
         packing(point, rows),
         end_of_x(args.x + (n.batch - 1) * args.x_stride + n.channels * n.area()) {}
