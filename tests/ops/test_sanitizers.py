@@ -21,8 +21,8 @@ from helpers import random_layers as layers
 
 assert kernel.library() is not None
 torch.set_num_threads(2)
-layers.training_agrees(60)
-layers.inference_agrees(30)
+layers.training_agrees(40)
+layers.inference_agrees(20)
 layers.group_convolutions_agree(20)
 layers.stems_agree(10)
 sys.stderr.write("no errors\\n")
@@ -59,7 +59,7 @@ def test_random_layers_read_and_write_nothing_out_of_bounds(monkeypatch, tmp_pat
     if libraries is None:
         pytest.skip("this compiler has no sanitizers")
     flags = "-fsanitize=address,undefined"
-    monkeypatch.setenv("CXXFLAGS", f"-O1 -g -fno-sanitize-recover=undefined {flags}")
+    monkeypatch.setenv("CXXFLAGS", f"-O0 -fno-sanitize-recover=undefined {flags}")
     monkeypatch.setenv("LDFLAGS", flags)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.build()  # here, since the compiler would be slow with the sanitizers loaded
