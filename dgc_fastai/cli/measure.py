@@ -1,7 +1,7 @@
 """Commands that measure: benchmark and compare."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Optional
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -24,12 +24,12 @@ def benchmark(
     *overrides: Overrides,
     rounds: Annotated[int, Parameter(validator=Number(gte=1), show_default=True)] = 7,
     out: Annotated[
-        Optional[Path],
+        Path | None,
         Parameter(help="Folder for benchmark.json and benchmark.png; by default a new one below the recipe's output."),
     ] = None,
     compile: Annotated[bool, Parameter(negative="--no-compile")] = True,
     only: Annotated[
-        Optional[Literal["training", "inference", "data"]],
+        Literal["training", "inference", "data"] | None,
         Parameter(
             help="What to time; by default training and inference, which need no data. With data: the images per "
             "second of the data pipeline and of a training step."

@@ -1,7 +1,7 @@
 """Commands to start with: list, copy, check."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
@@ -14,7 +14,7 @@ from .app import START, Overrides, RecipeFile, app, console, load, results
 
 @app.command(name="list", group=START, help_epilogue=f"Example:\n  {program()} list")
 def list_recipes(
-    folder: Annotated[Optional[Path], Parameter(help="A folder of recipes; by default those of this package.")] = None,
+    folder: Annotated[Path | None, Parameter(help="A folder of recipes; by default those of this package.")] = None,
     /,
 ) -> None:
     """List the recipes: data, need of a GPU, time, target accuracy."""
@@ -39,7 +39,7 @@ def list_recipes(
 )
 def copy(
     recipe: RecipeFile,
-    to: Annotated[Optional[Path], Parameter(help="The name of the copy; by default my_RECIPE.yaml.")] = None,
+    to: Annotated[Path | None, Parameter(help="The name of the copy; by default my_RECIPE.yaml.")] = None,
     /,
 ) -> None:
     """Copy RECIPE into a file of your own to edit."""

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Optional, Union
 
 import torch
 import torch.nn as nn
@@ -20,9 +19,9 @@ def convert(
     model: nn.Module,
     heads: int = 4,
     gate_factor: float = 0.25,
-    skip: Union[str, Sequence[str]] = (),
+    skip: str | Sequence[str] = (),
     squeeze_rate: int = 16,
-    input_size: Optional[Sequence[int]] = None,
+    input_size: Sequence[int] | None = None,
 ) -> nn.Module:
     """Replace the convolutions of a CNN by DGC layers that keep their weights.
 
@@ -57,7 +56,7 @@ def convert(
     shapes = {model.get_submodule(layer.name): layer.output for layer in counted}
     layers: dict[nn.Module, DynamicGroupConv2d] = {}
     replaced, left = [], []
-    reason: Optional[str]
+    reason: str | None
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, nn.Conv2d):
             continue
@@ -89,7 +88,7 @@ def _input_size(model: nn.Module) -> tuple[int, ...]:
     return first.in_channels if first else 3, *area
 
 
-def _reason_against(conv: nn.Conv2d, output: Optional[tuple[int, ...]], heads: int, squeeze_rate: int) -> Optional[str]:
+def _reason_against(conv: nn.Conv2d, output: tuple[int, ...] | None, heads: int, squeeze_rate: int) -> str | None:
     """Why a convolution cannot become a DGC layer, or should not."""
     if type(conv) is not nn.Conv2d:
         return f"a {type(conv).__name__}, not an ordinary convolution"

@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -89,7 +88,7 @@ class FileDL(EpochDL):
     A batch comes without the images that cannot be read, and with their paths: see `Unreadable`.
     """
 
-    def do_item(self, index: Optional[int]):
+    def do_item(self, index: int | None):
         if index is None:  # fastai asks for any item, to learn the types
             return next(item for item in map(self._try_item, range(self.n)) if item is not None)
         state = torch.get_rng_state()

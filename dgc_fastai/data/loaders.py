@@ -1,7 +1,6 @@
 """The data section of a recipe -> fastai DataLoaders."""
 
 from collections.abc import Sequence
-from typing import Optional
 
 import fastai.vision.learner  # noqa: F401  (registers the layouts of show_batch and show_results for images)
 import torch
@@ -15,7 +14,7 @@ from .in_memory import tensor_loaders
 __all__ = ["build_dataloaders"]
 
 
-def build_dataloaders(data: Data, device: torch.device, classes: Optional[Sequence[str]] = None) -> DataLoaders:
+def build_dataloaders(data: Data, device: torch.device, classes: Sequence[str] | None = None) -> DataLoaders:
     """Training and validation DataLoaders of a recipe's data, on a device.
 
     Batches are normalized images [B, channels, size, size] and class numbers [B].

@@ -3,7 +3,7 @@
 As separate tensors their sizes add up to the square of the length of the chain.
 """
 
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,18 +22,18 @@ class Concatenation:
 
     def __init__(self, x: Tensor, added: int):
         self.value = x
-        self.room: Optional[Tensor] = None
+        self.room: Tensor | None = None
         followed = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not followed and not (torch.is_grad_enabled() and x.requires_grad):
             channels = x.shape[1]
             self.room = x.new_empty(len(x), channels + added, *x.shape[2:])
             self.room.narrow(1, 0, channels).copy_(x)
 
-    def place(self, channels: int) -> Optional[Tensor]:
+    def place(self, channels: int) -> Tensor | None:
         """Where the next channels belong, [B, channels, H, W], if there is room for them."""
         return None if self.room is None else self.room.narrow(1, self.value.shape[1], channels)
 
-    def extend(self, y: Tensor, place: Optional[Tensor]) -> Tensor:
+    def extend(self, y: Tensor, place: Tensor | None) -> Tensor:
         """The value with y appended, which is at its place already if it is `place`."""
         if place is None or y.dtype != place.dtype:  # autocast: concatenation promotes types
             self.room, self.value = None, torch.cat([self.value, y], 1)

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -62,7 +61,7 @@ def deploy(model: nn.Module) -> nn.Module:
     return root[0].eval()
 
 
-def _trace(root: nn.Sequential) -> Optional[Network]:
+def _trace(root: nn.Sequential) -> Network | None:
     try:
         return Network.trace(root)
     except Exception as error:  # whatever a forward that is not a graph raises

@@ -9,7 +9,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Optional, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.fx as fx
@@ -130,7 +130,7 @@ class Network:
 
     # Questions
 
-    def module(self, node: Optional[Node]) -> Any:
+    def module(self, node: Node | None) -> Any:
         """The module that a node calls, or None."""
         return self.root.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
 
@@ -139,12 +139,12 @@ class Network:
         count = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
         return [node for node in self.graph.nodes if count[node.target] == 1 and self.is_call(node, *kinds)]
 
-    def is_call(self, node: Optional[Node], *kinds: type) -> TypeGuard[Node]:
+    def is_call(self, node: Node | None, *kinds: type) -> TypeGuard[Node]:
         """Whether a node calls a module of one of these kinds, without hooks, with one tensor."""
         module = self.module(node)
         return node is not None and module is not None and is_plain(module, *kinds) and _is_unary(node)
 
-    def is_relu(self, node: Optional[Node]) -> TypeGuard[Node]:
+    def is_relu(self, node: Node | None) -> TypeGuard[Node]:
         if node is None or node.op == "call_module":
             return self.is_call(node, nn.ReLU)
         if not node.args or not isinstance(node.args[0], Node):
@@ -161,7 +161,7 @@ class Network:
             node = node.all_input_nodes[0]
         return node
 
-    def reader(self, node: Node) -> Optional[Node]:
+    def reader(self, node: Node) -> Node | None:
         """The only node that reads a value, behind any identities; None if there are several."""
         readers = self.readers(node)
         return readers.pop() if len(readers) == 1 else None
@@ -180,7 +180,7 @@ class Network:
             return isinstance(module, FRESH_MODULES) and not getattr(module, "inplace", False)
         return node.op == "call_function" and node.target in FRESH_FUNCTIONS and "out" not in node.kwargs
 
-    def part(self, *nodes: Node) -> Optional[Part]:
+    def part(self, *nodes: Node) -> Part | None:
         """The innermost part that contains all these nodes."""
         for path in reversed(nodes[0].meta["parents"]):
             if path in self.parts and all(path in node.meta["parents"] for node in nodes):

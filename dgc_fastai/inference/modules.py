@@ -1,7 +1,7 @@
 """What `deploy` puts in the place of layers."""
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -45,9 +45,9 @@ class DeployedConv2d(_Deployed):
     excite: Tensor
     gate_bias: Tensor
     inactive_channels: Tensor
-    scale: Optional[Tensor]
-    shift: Optional[Tensor]
-    bias: Optional[Tensor]
+    scale: Tensor | None
+    shift: Tensor | None
+    bias: Tensor | None
 
     SMALL = ("scale", "shift", "squeeze", "excite", "gate_bias", "bias")
 
@@ -67,7 +67,7 @@ class DeployedConv2d(_Deployed):
         self.register_buffer("inactive_channels", layer.inactive_channels)
         self.repack()
 
-    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """With `residual`, which can be broadcast to [B, O, H', W'], the ReLU of its sum with the result."""
         return gated_layer(x, self.packed, residual)
 
@@ -125,7 +125,7 @@ class DeployedGroupConv2d(_Deployed):
     """What `deploy` makes of a group convolution, such as the 3x3 ones of a DenseNet."""
 
     weight: Tensor
-    bias: Optional[Tensor]
+    bias: Tensor | None
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -135,7 +135,7 @@ class DeployedGroupConv2d(_Deployed):
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().contiguous())
         self.repack()
 
-    def forward(self, x: Tensor, out: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """`out` [B, O, H', W'] is the tensor to write into, if given."""
         return group_conv2d(x, self.packed, out)
 

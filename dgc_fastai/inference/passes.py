@@ -3,7 +3,7 @@ convolutions, and concatenations are made in place."""
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -140,7 +140,7 @@ def concatenate_in_place(network: Network) -> None:
             _write_in_place(network, part, chain, sum(known))
 
 
-def _concatenated(node: Node) -> Optional[list[Node]]:
+def _concatenated(node: Node) -> list[Node] | None:
     """The arguments of a concatenation of channels."""
     if node.op != "call_function" or node.target not in (torch.cat, torch.concat):
         return None
@@ -177,7 +177,7 @@ def _find_chains(network: Network) -> list[_Chain]:
     return chains
 
 
-def _channels(network: Network, node: Node) -> Optional[int]:
+def _channels(network: Network, node: Node) -> int | None:
     """How many channels a value has, if a convolution tells."""
     node = network.source(node)
     module = network.module(node)

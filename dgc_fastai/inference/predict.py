@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
 
 import torch
 import torch.nn as nn
@@ -37,7 +36,7 @@ class Predictor:
     classes: list[str]
 
     @classmethod
-    def from_weights(cls, path: Union[str, Path]) -> "Predictor":
+    def from_weights(cls, path: str | Path) -> "Predictor":
         """The network of a run; its weights carry the recipe and the names of the classes.
 
         Args:

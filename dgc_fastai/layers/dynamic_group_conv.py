@@ -4,7 +4,7 @@ Su, Fang et al., "Dynamic Group Convolution for Accelerating Convolutional Neura
 """
 
 from collections.abc import Callable
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -61,12 +61,12 @@ class RecomputeHooks:
 
     def __init__(self, tensor: Tensor, recompute: Callable[[], Tensor]):
         self.key, self.recompute = (tensor.data_ptr(), tensor.shape), recompute
-        self.recomputed: Optional[Tensor] = None
+        self.recomputed: Tensor | None = None
 
-    def pack(self, tensor: Tensor) -> Optional[Tensor]:
+    def pack(self, tensor: Tensor) -> Tensor | None:
         return None if (tensor.data_ptr(), tensor.shape) == self.key else tensor
 
-    def unpack(self, packed: Optional[Tensor]) -> Tensor:
+    def unpack(self, packed: Tensor | None) -> Tensor:
         if packed is not None:
             return packed
         if self.recomputed is None:
@@ -102,17 +102,17 @@ class DynamicGroupConv2d(nn.Module):
             is outside (0, 1].
     """
 
-    penalty: Optional[Tensor]
+    penalty: Tensor | None
     inactive_channels: Tensor
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Union[int, tuple[int, int]],
-        stride: Union[int, tuple[int, int]] = 1,
-        padding: Union[int, tuple[int, int]] = 0,
-        dilation: Union[int, tuple[int, int]] = 1,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
         heads: int = 4,
         squeeze_rate: int = 16,
         gate_factor: float = 0.25,
@@ -174,7 +174,7 @@ class DynamicGroupConv2d(nn.Module):
             x = F.relu(self.norm(x), inplace=True)
         return self._convolve(x, pool(x), None, None)
 
-    def _convolve(self, x: Tensor, pooled: Tensor, scale: Optional[Tensor], shift: Optional[Tensor]) -> Tensor:
+    def _convolve(self, x: Tensor, pooled: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         """Gates from pooled features, selection, convolution; with scale and shift, x is not normalised yet."""
         gates = self.gates(pooled)
         if self.training:

@@ -6,7 +6,7 @@ No code from a file is executed: safetensors files cannot contain any, and PyTor
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,7 +22,7 @@ from ..utils.files import write_atomically
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(model: nn.Module, path: Union[str, Path], metadata: Optional[dict[str, str]] = None) -> None:
+def save_checkpoint(model: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> None:
     """Write a model's parameters and buffers to a safetensors file, atomically. The progress of the gates is a buffer.
 
     Args:
@@ -37,7 +37,7 @@ def save_checkpoint(model: nn.Module, path: Union[str, Path], metadata: Optional
     write_atomically(path, safetensors.torch.save(state, metadata))
 
 
-def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> nn.Module:
+def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a checkpoint, ours or the authors', into a model, and return the model.
 
     The type of the file is recognized by its content, not by its name. The file and the model must have the same
@@ -129,7 +129,7 @@ def _can_copy(source: Tensor, target: Tensor) -> bool:
     return plain and source.is_floating_point() == target.is_floating_point() and not source.is_complex()
 
 
-def _saved_arch(path: Path) -> Optional[str]:
+def _saved_arch(path: Path) -> str | None:
     """timm's name of the network in the weights of a run, which carry their recipe; None for other files."""
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -59,7 +59,7 @@ class Budget:
         return sum(layer.macs_dense for layer in self.layers)
 
 
-def budget(model: nn.Module, input_size: Union[int, Sequence[int]]) -> Budget:
+def budget(model: nn.Module, input_size: int | Sequence[int]) -> Budget:
     """Count the cost of a network for one image, from shapes alone: no weight is read, no image computed.
 
     Args:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Optional, Union, cast
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -234,7 +234,7 @@ class DGCDenseNet(GatedModel):
     def get_classifier(self) -> nn.Module:
         return self.classifier
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         device, dtype = self.stem.weight.device, self.stem.weight.dtype
         self._set_classifier(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
@@ -243,12 +243,12 @@ class DGCDenseNet(GatedModel):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: Optional[Union[int, list[int]]] = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Union[list[Tensor], tuple[Tensor, list[Tensor]]]:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The outputs of the selected stages, and the final features unless `intermediates_only`.
 
         Args:
@@ -278,7 +278,7 @@ class DGCDenseNet(GatedModel):
 
     def prune_intermediate_layers(
         self,
-        indices: Union[int, list[int]] = 1,
+        indices: int | list[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:

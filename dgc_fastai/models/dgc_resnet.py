@@ -53,7 +53,7 @@ class DGCResNet(GatedModel, ResNet):
 
 _CFG = imagenet_cfg(first_conv="conv1", classifier="fc", pool_size=(7, 7))
 default_cfgs = generate_default_cfgs(
-    {name: _CFG for name in with_baselines("dgc_resnet18", "dgc_resnet34", "dgc_resnet50")}
+    dict.fromkeys(with_baselines("dgc_resnet18", "dgc_resnet34", "dgc_resnet50"), _CFG)
 )
 
 # As published for ImageNet, with gate factor 0.45.

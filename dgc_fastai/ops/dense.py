@@ -1,8 +1,6 @@
 """Convolutions without gates where the C++ kernel is faster than oneDNN: groups of a few channels, and in inference the
 stem of a network, whose outputs reach memory only after they have been pooled."""
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +18,7 @@ MAX_STEM_CHANNELS = 4  # of images; oneDNN is faster for more
 MAX_GROUP_CHANNELS = 32  # of a group in training; likewise
 
 
-def group_conv2d(x: Tensor, layer: PackedLayer, out: Optional[Tensor] = None) -> Tensor:
+def group_conv2d(x: Tensor, layer: PackedLayer, out: Tensor | None = None) -> Tensor:
     """An ordinary group convolution in inference, by the C++ kernel where it supports the layer.
 
     Args:
@@ -48,7 +46,7 @@ def trains_group_conv(x: Tensor, weight: Tensor, groups: int) -> bool:
     wants to see PyTorch's operator, nor where its second derivatives may be needed."""
     return (
         not through_dispatcher()  # first, since torch.compile cannot trace the rest
-        and 1 < groups
+        and groups > 1
         and weight.shape[1] <= MAX_GROUP_CHANNELS
         and torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)

@@ -1,7 +1,6 @@
 """The operators of this package, `torch.ops.dgc_fastai`, and the way to those that compute one layer in inference."""
 
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +46,7 @@ class LayerOperator:
         self,
         name: str,
         definition: Callable[[Tensor, PackedLayer], Tensor],
-        exported: Optional[Callable[[Tensor, PackedLayer], Tensor]] = None,
+        exported: Callable[[Tensor, PackedLayer], Tensor] | None = None,
         output_shape: Callable[[ConvDesc], tuple] = lambda desc: desc.output_shape,
         flops: Callable[[ConvDesc, PackedLayer], int] = lambda desc, layer: conv_flops(desc),
     ):
@@ -72,7 +71,7 @@ class LayerOperator:
         self._cast_under_autocast("cuda", "AutocastCUDA")
 
     def __call__(
-        self, x: Tensor, layer: PackedLayer, residual: Optional[Tensor] = None, out: Optional[Tensor] = None
+        self, x: Tensor, layer: PackedLayer, residual: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """The layer, or with `residual` the ReLU of its sum with it, into `out`, if given."""
         if torch.compiler.is_exporting():
@@ -85,9 +84,7 @@ class LayerOperator:
             return self.run(x, layer, residual, out)
         return _finish(y, residual, out)
 
-    def run(
-        self, x: Tensor, layer: PackedLayer, residual: Optional[Tensor] = None, out: Optional[Tensor] = None
-    ) -> Tensor:
+    def run(self, x: Tensor, layer: PackedLayer, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """The same by the kernel if it supports the layer, otherwise by the definition."""
         if layer.is_packed and per_sample.is_channels_last(x):
             x = x.contiguous()
@@ -119,7 +116,7 @@ def conv_flops(desc: ConvDesc) -> int:
     return 2 * desc.batch * desc.heads * desc.filters * desc.out_size[0] * desc.out_size[1] * desc.channels * taps
 
 
-def _finish(y: Tensor, residual: Optional[Tensor], out: Optional[Tensor]) -> Tensor:
+def _finish(y: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
     if residual is not None:
         y = F.relu(y + residual.to(y.dtype))
     return y if out is None else out.copy_(y)

@@ -5,7 +5,6 @@ import functools
 import logging
 import subprocess
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 
@@ -52,7 +51,7 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
 
 
 @functools.cache
-def library() -> Optional[ctypes.CDLL]:
+def library() -> ctypes.CDLL | None:
     """The kernel, built if it has not been on this machine. None where it cannot be, which is logged once.
 
     Raises:

@@ -4,8 +4,6 @@ Normalization, gates, selection, bias and ReLU cost as much as the convolution o
 call of its own that reads and writes memory.
 """
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +19,7 @@ from .reference import apply_norm
 __all__ = ["gated_layer", "gated_layer_definition"]
 
 
-def gated_layer(x: Tensor, layer: PackedLayer, residual: Optional[Tensor] = None) -> Tensor:
+def gated_layer(x: Tensor, layer: PackedLayer, residual: Tensor | None = None) -> Tensor:
     """A DGC layer in inference (paper, section 3), by the C++ kernel where it supports the layer.
 
     Gradients reach x, by way of `gated_layer_definition`.

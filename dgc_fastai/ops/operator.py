@@ -5,7 +5,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -25,8 +24,8 @@ def gated_conv2d(
     x: Tensor,
     gates: Tensor,
     weight: Tensor,
-    scale: Optional[Tensor],
-    shift: Optional[Tensor],
+    scale: Tensor | None,
+    shift: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,

@@ -1,7 +1,7 @@
 """The parameters of one layer for inference, as they are and as the C++ kernel reads them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,16 +54,16 @@ class PackedLayer:
     def __init__(
         self,
         weight: Tensor,
-        bias: Optional[Tensor],
+        bias: Tensor | None,
         heads: int,
         stride: Pair,
         padding: Pair,
         dilation: Pair,
         relu: bool = False,
-        scale: Optional[Tensor] = None,
-        shift: Optional[Tensor] = None,
-        gates: Optional[GateWeights] = None,
-        packed: Optional[Packed] = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        gates: GateWeights | None = None,
+        packed: Packed | None = None,
     ):
         self.weight, self.bias, self.heads, self.relu = weight, bias, heads, relu
         self.stride: Pair = (stride[0], stride[1])  # the dispatcher passes lists
@@ -71,7 +71,7 @@ class PackedLayer:
         self.dilation: Pair = (dilation[0], dilation[1])
         self.scale, self.shift, self.gates = scale, shift, gates
         self.weight_shape, self.grouped = weight.shape, gates is None
-        self.kept: Optional[int] = None
+        self.kept: int | None = None
         """How many channels a head keeps, for exports, which cannot read a tensor. Not known if made `from_flat`."""
         if packed is None:
             packed = self._pack()
@@ -79,7 +79,7 @@ class PackedLayer:
                 self.kept = weight.shape[1] - int(gates.inactive)
         self.packed = packed
         self.is_packed = packed.weight.numel() > 0
-        self._struct: Optional[structures.PackedLayer] = None
+        self._struct: structures.PackedLayer | None = None
         self._alive: list[Tensor] = []  # what the addresses in _struct are of
         # Not a property: torch.compile reads it at each call.
         self.flat = (
@@ -131,7 +131,7 @@ class PackedLayer:
             and kernel.library() is not None
         )
 
-    def run(self, name: str, desc: ConvDesc, x: Tensor, y: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+    def run(self, name: str, desc: ConvDesc, x: Tensor, y: Tensor, residual: Tensor | None = None) -> Tensor:
         """Fill y, the samples of which may lie apart from one another, by a forward function of the C++ kernel.
 
         Args:
@@ -171,7 +171,7 @@ class PackedLayer:
         dtype = self.packed.weight.dtype
         self._alive = []
 
-        def address(tensor: Optional[Tensor]) -> Optional[int]:
+        def address(tensor: Tensor | None) -> int | None:
             if tensor is None or tensor.numel() == 0:
                 return None
             self._alive.append(tensor.to(dtype).contiguous())

@@ -3,8 +3,6 @@
 It makes a scaled copy of the input for each head, and autograd keeps them all: for tests, not for training.
 """
 
-from typing import Optional
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,8 +11,8 @@ def gated_conv2d(
     x: Tensor,
     gates: Tensor,
     weight: Tensor,
-    scale: Optional[Tensor],
-    shift: Optional[Tensor],
+    scale: Tensor | None,
+    shift: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],

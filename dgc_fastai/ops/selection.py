@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Optional, Union
 
 from torch import Tensor
 
@@ -21,11 +20,11 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Reference(), ScaledWeights(), ScaledInputs(), Gathered(), Cpu(), Triton())
 }
 
-_forced: Optional[Backend] = None
+_forced: Backend | None = None
 
 
 @contextmanager
-def use_backend(backend: Union[str, Backend, None]) -> Iterator[None]:
+def use_backend(backend: str | Backend | None) -> Iterator[None]:
     """Within this context, compute every `gated_conv2d` by one backend, forward and backward.
 
     Args:
@@ -68,7 +67,7 @@ def select_backend(desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor) -> 
     return BACKENDS[fastest_backend(desc, kept, x.device.type, has_kernel)]
 
 
-def fastest_backend(desc: ConvDesc, kept: Optional[int], device: str = "cpu", has_kernel: bool = False) -> str:
+def fastest_backend(desc: ConvDesc, kept: int | None, device: str = "cpu", has_kernel: bool = False) -> str:
     """The name of the backend that is expected to be the fastest.
 
     Args:

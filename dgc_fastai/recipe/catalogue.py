@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
 
 from ..utils.errors import RecipeError
 from .yaml_text import parse_yaml
@@ -36,7 +35,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
-def find_recipe(recipe: Union[str, Path]) -> Path:
+def find_recipe(recipe: str | Path) -> Path:
     """The file of a recipe, given as a path or as the name of one that comes with the package.
 
     A file in the working folder takes precedence. The path is returned unchanged if there is no such file.

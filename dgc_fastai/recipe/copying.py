@@ -3,7 +3,6 @@
 import os
 import re
 from pathlib import Path
-from typing import Optional, Union
 
 import yaml
 
@@ -16,7 +15,7 @@ from .loading import load_recipe
 __all__ = ["copy_recipe"]
 
 
-def copy_recipe(recipe: Union[str, Path], target: Optional[Path]) -> Path:
+def copy_recipe(recipe: str | Path, target: Path | None) -> Path:
     """Write a recipe under another name, with its comments, and return the path.
 
     Args:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RENAMED_KEYS: dict[tuple, str] = {("train", "lasso"): "lasso_weight"}
 
 
-def load_recipe(path: Union[str, Path], overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply overrides, and check every key and value.
 
     Whether the data, the output folder and the device exist is not checked: see `recipe.machine.check_machine`.

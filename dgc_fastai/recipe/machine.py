@@ -8,7 +8,6 @@ import platform
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Optional
 
 from ..utils import launch
 from ..utils.errors import RecipeError
@@ -80,7 +79,7 @@ def idx_files(data: Data) -> list[tuple[Path, Path]]:
     raise RecipeError(f"data.path: {data.folder} has no {missing}; {FETCH[data.name]}")
 
 
-def folder_parts(data: Data) -> tuple[Path, Optional[Path]]:
+def folder_parts(data: Data) -> tuple[Path, Path | None]:
     """The folders of the training and the validation images. The second is None if a share is to be held out."""
     train = data.folder / "train"
     if data.name == "imagenet":

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -72,15 +72,15 @@ class Model(Section):
     """The network and its keywords. A keyword that is left out keeps the network's default."""
 
     arch: Annotated[str, AfterValidator(_known_architecture)]
-    heads: Optional[Width] = None
-    gate_factor: Optional[Share] = None
-    squeeze_rate: Optional[Annotated[int, Field(ge=2, le=4096)]] = None
-    stages: Optional[Annotated[list[Annotated[int, Field(ge=1, le=200)]], Field(min_length=1, max_length=8)]] = None
-    growth: Optional[Annotated[list[Width], Field(min_length=1, max_length=8)]] = None
-    bottleneck: Optional[Width] = None
-    group_3x3: Optional[Width] = None
-    stem_stride: Optional[Annotated[int, Field(ge=1, le=8)]] = None
-    memory_efficient: Optional[bool] = None
+    heads: Width | None = None
+    gate_factor: Share | None = None
+    squeeze_rate: Annotated[int, Field(ge=2, le=4096)] | None = None
+    stages: Annotated[list[Annotated[int, Field(ge=1, le=200)]], Field(min_length=1, max_length=8)] | None = None
+    growth: Annotated[list[Width], Field(min_length=1, max_length=8)] | None = None
+    bottleneck: Width | None = None
+    group_3x3: Width | None = None
+    stem_stride: Annotated[int, Field(ge=1, le=8)] | None = None
+    memory_efficient: bool | None = None
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")
@@ -99,12 +99,12 @@ class Data(Section):
     """The images. `size` is the side of the network's input in pixels."""
 
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "imagenet", "folder"]
-    path: Optional[Annotated[str, Field(min_length=1)]] = None
-    size: Optional[Annotated[int, Field(ge=8, le=4096)]] = None
+    path: Annotated[str, Field(min_length=1)] | None = None
+    size: Annotated[int, Field(ge=8, le=4096)] | None = None
     batch_size: Count = 64
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     augment: list[Literal["crop_flip", "rand_augment", "trivial_augment", "random_erasing"]] = ["crop_flip"]
-    valid_share: Optional[Annotated[float, Field(gt=0, lt=1)]] = None
+    valid_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     unreadable: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
@@ -173,9 +173,9 @@ class Train(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixup: Strength = 0.0
     cutmix: Strength = 0.0
-    clip: Optional[Annotated[float, Field(gt=0)]] = None
+    clip: Annotated[float, Field(gt=0)] | None = None
     accumulate: Count = 1
-    ema: Optional[Annotated[float, Field(gt=0, lt=1)]] = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     nonfinite: Literal["stop", "skip"] = "stop"
     channels_last: bool = False
@@ -198,8 +198,8 @@ class Log(Section):
     """
 
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    print_every: Optional[Count] = None
-    keep_every: Optional[Count] = None
+    print_every: Count | None = None
+    keep_every: Count | None = None
 
 
 class Recipe(Section):

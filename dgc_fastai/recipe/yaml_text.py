@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 
@@ -29,11 +29,11 @@ Loader.add_implicit_resolver(
 class Dumper(yaml.SafeDumper):
     """One key per line, and lists on one line."""
 
-    def represent_sequence(self, tag: str, sequence: Iterable, flow_style: Optional[bool] = None) -> yaml.SequenceNode:
+    def represent_sequence(self, tag: str, sequence: Iterable, flow_style: bool | None = None) -> yaml.SequenceNode:
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def parse_yaml(text: str, where: str) -> tuple[Any, Optional[yaml.Node]]:
+def parse_yaml(text: str, where: str) -> tuple[Any, yaml.Node | None]:
     """Parse YAML text into its value and its node, which has the line numbers.
 
     Raises:

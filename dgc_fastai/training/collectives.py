@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -34,7 +33,7 @@ __all__ = [
 
 TIMEOUT = timedelta(minutes=10)  # the main process saves, and every process compiles, while the others wait
 
-_store: Optional[dist.Store] = None
+_store: dist.Store | None = None
 
 
 def init_process_group(device: torch.device) -> None:
@@ -154,7 +153,7 @@ def all_gather_bytes(content: bytes) -> list[bytes]:
     return [one.numpy().tobytes()[:length] for one, length in zip(every, lengths)]
 
 
-def broadcast_bytes(content: Optional[bytes]) -> Optional[bytes]:
+def broadcast_bytes(content: bytes | None) -> bytes | None:
     """The content of the main process; that of the others is ignored."""
     if _store is None:
         return content

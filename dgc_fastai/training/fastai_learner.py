@@ -1,7 +1,7 @@
 """fastai's `vision_learner` for DGC networks."""
 
 import inspect
-from typing import Any, Optional, Union
+from typing import Any
 
 import timm
 import torch
@@ -21,9 +21,9 @@ __all__ = ["dgc_learner"]
 @delegates(Learner.__init__, keep=True, but=["dls", "model"])
 def dgc_learner(
     dls: DataLoaders,
-    arch: Union[str, torch.nn.Module],
+    arch: str | torch.nn.Module,
     normalize: bool = True,
-    n_out: Optional[int] = None,
+    n_out: int | None = None,
     n_in: int = 3,
     lasso_weight: float = 1e-5,
     anneal: bool = True,

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Optional
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -87,7 +86,7 @@ class TrainingRun:
         network = prepare(create_model(recipe.model, len(self.classes), self.input_size), recipe.train, self.device)
         return assemble(recipe, build_dataloaders(recipe.data, self.device, self.classes), network)
 
-    def fit(self, console: Console, folder: Optional[Path] = None) -> Path:
+    def fit(self, console: Console, folder: Path | None = None) -> Path:
         """Train into a run folder and return its path. Of several processes, the main one shows and writes.
 
         Args:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Optional
 
 from ..recipe.loading import differences, load_recipe
 from ..recipe.schema import Recipe
@@ -30,7 +29,7 @@ class Stage(IntEnum):
     COMPLETE = 2
 
 
-def find_resumable_run(recipe: Recipe, resume: bool) -> tuple[Optional[Path], str]:
+def find_resumable_run(recipe: Recipe, resume: bool) -> tuple[Path | None, str]:
     """The folder of a run that all processes can resume, or None, and a line for the user.
 
     If `resume` is set, it is the newest interrupted run of the recipe. After torchrun has restarted all processes,
@@ -47,7 +46,7 @@ def find_resumable_run(recipe: Recipe, resume: bool) -> tuple[Optional[Path], st
     return _broadcast_path(folder), found
 
 
-def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:
+def interrupted_run(recipe: Recipe) -> tuple[Path | None, str]:
     """The newest interrupted run of a recipe below `output`, and a line for the user about what was found.
 
     Recipes that differ in `output` or `log` only are the same. A run that another process trains is not interrupted.
@@ -74,7 +73,7 @@ def interrupted_run(recipe: Recipe) -> tuple[Optional[Path], str]:
     return None, f"No interrupted run of this recipe below {recipe.runs}: starting one{passed}."
 
 
-def prepare_run_folder(recipe: Recipe, folder: Optional[Path]) -> tuple[Path, Stage]:
+def prepare_run_folder(recipe: Recipe, folder: Path | None) -> tuple[Path, Stage]:
     """The folder that all processes train into, and how far its run is; a new one unless `folder` is given.
 
     Raises:
@@ -112,7 +111,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         raise RecipeError(f"output: {folder} is going on in another process") from None
 
 
-def _begun_by_this_launch(recipe: Recipe) -> Optional[Path]:
+def _begun_by_this_launch(recipe: Recipe) -> Path | None:
     """The folder that this launch has trained last, if its recipe is the same: launches can share an id."""
     for path in sorted(recipe.runs.glob(f"*/{LAUNCH}"), key=lambda path: path.stat().st_mtime, reverse=True):
         if path.read_text().strip() == launch.launch_id():
@@ -149,6 +148,6 @@ def _new_run_folder(recipe: Recipe) -> Path:
     raise AssertionError("there is always another number")
 
 
-def _broadcast_path(folder: Optional[Path]) -> Optional[Path]:
+def _broadcast_path(folder: Path | None) -> Path | None:
     text = broadcast_bytes(str(folder).encode() if folder else None)
     return Path(text.decode()) if text else None

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Union
 
 from .errors import WriteError
 
@@ -20,7 +19,7 @@ except ImportError:  # Windows
 __all__ = ["file_lock", "remove_partial", "write_atomically", "write_table"]
 
 
-def write_atomically(path: Union[str, Path], content: Union[str, bytes]) -> None:
+def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Create or replace the file at `path` atomically: readers and crashes see the old content or the new.
 
     A symbolic link at `path` is replaced itself; its target stays unchanged.
@@ -53,7 +52,7 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
-def write_table(path: Union[str, Path], rows: Sequence[Mapping]) -> None:
+def write_table(path: str | Path, rows: Sequence[Mapping]) -> None:
     """Write at least one row as a CSV file, atomically. The keys of the first row are the columns."""
     table = io.StringIO()
     writer = csv.DictWriter(table, rows[0], lineterminator="\n")

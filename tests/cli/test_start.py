@@ -6,7 +6,7 @@ from helpers import QUICKSTART, ROOT
 
 def test_list_is_one_table_with_quickstart_first(app, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    header, line, *rows = app("list").split("\n\n")[0].splitlines()[1:]
+    header, _line, *rows = app("list").split("\n\n")[0].splitlines()[1:]
     assert header.split() == ["recipe", "data", "GPU", "needed", "time", "(published)"]
     assert all(len(row) <= 80 for row in rows)
     assert rows[0].split() == ["quickstart", "digits", "no", "1", "min,", "2", "cores", "none"]

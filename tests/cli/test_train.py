@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_shows_recipe_budget_and_epochs(run):
-    text, folder = run
+    text, _folder = run
     assert "epochs: 4" in text and "workers: 0" in text  # an override and a default
     assert "MACs, target" in text and "authors' count" in text and "conv1" not in text
     rows = [line.split() for line in text.splitlines() if line.strip()[:1] in "1234" and "%" in line]

@@ -176,9 +176,8 @@ def test_the_choice_is_what_runs(monkeypatch, inactive, compiled, expected):
 
 
 def test_an_unknown_backend_is_refused_and_a_known_one_ends_with_its_context():
-    with pytest.raises(ValueError, match="no backend 'fast'; there are reference, "):
-        with use_backend("fast"):
-            pass
+    with pytest.raises(ValueError, match="no backend 'fast'; there are reference, "), use_backend("fast"):
+        pass
     with pytest.raises(KeyError), use_backend("reference"):
         raise KeyError
     assert selection._forced is None

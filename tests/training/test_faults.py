@@ -142,7 +142,7 @@ def test_the_bars_are_closed_when_the_disk_is_full(tmp_path):
     assert 0 <= hidden < shown
 
 
-def test_on_the_command_line(app, tmp_path):  # noqa: F811
+def test_on_the_command_line(app, tmp_path):
     with full_disk("last.safetensors", time=2):
         text = app(QUICKSTART, *TINY, "output=runs", cwd=tmp_path, expect=2)
     run = only(tmp_path / "runs")
@@ -189,7 +189,7 @@ def limited(size):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limits of a file's size")
-def test_a_limit_of_the_system(app, tmp_path):  # noqa: F811
+def test_a_limit_of_the_system(app, tmp_path):
     command = [sys.executable, str(ROOT / "app.py"), str(QUICKSTART), *TINY, "train.epochs=1", "output=runs"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limited(60_000))
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
@@ -268,7 +268,7 @@ def test_states_and_weights_cut_short_or_with_a_wrong_byte(stopped, tmp_path):
             assert str(error).startswith(str(path)) and "\n" not in str(error)
 
 
-def test_a_damaged_state_stops_the_resumption_and_loses_nothing(app, stopped, tmp_path):  # noqa: F811
+def test_a_damaged_state_stops_the_resumption_and_loses_nothing(app, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "runs")
     run = only(tmp_path / "runs")
     whole = run / "state.pt"
@@ -295,7 +295,7 @@ def test_a_damaged_state_stops_the_resumption_and_loses_nothing(app, stopped, tm
     assert "starting one" in app(run / "recipe.yaml", "train.epochs=1", f"output={tmp_path}/runs", "--resume")
 
 
-def test_weights_of_another_recipe(app, stopped, tmp_path):  # noqa: F811
+def test_weights_of_another_recipe(app, stopped, tmp_path):
     weights = only(stopped) / "last.safetensors"
     for override in ("model.heads=2", "model.stages=[1,1,2]", "model.arch=dgc_densenet86_dense"):
         text = app("evaluate", QUICKSTART, *TINY, override, "--weights", weights, expect=2)

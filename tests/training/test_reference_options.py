@@ -18,11 +18,33 @@ from helpers.runs import StopAt, start
 
 PAGE = (ROOT / "docs" / "migrating.md").read_text()
 # As the authors' main.py lists them.
-OPTIONS = (
-    "--data --datadir --savedir --model -j --epochs -b --lr --lr-type --group-lasso-lambda --momentum --weight-decay "
-    "--seed --gpu --stages --squeeze-rate --heads --group-3x3 --gate-factor --growth --bottleneck --print-freq "
-    "--save-freq --resume --evaluate"
-).split()
+OPTIONS = [
+    "--data",
+    "--datadir",
+    "--savedir",
+    "--model",
+    "-j",
+    "--epochs",
+    "-b",
+    "--lr",
+    "--lr-type",
+    "--group-lasso-lambda",
+    "--momentum",
+    "--weight-decay",
+    "--seed",
+    "--gpu",
+    "--stages",
+    "--squeeze-rate",
+    "--heads",
+    "--group-3x3",
+    "--gate-factor",
+    "--growth",
+    "--bottleneck",
+    "--print-freq",
+    "--save-freq",
+    "--resume",
+    "--evaluate",
+]
 TABLE = dict(re.findall(r"^\| `(-\S+)` \| (.*?) \|", PAGE, re.M))
 SHORT = ["model.stages=[1,1]", "model.growth=[8,8]", "data.batch_size=300", "train.epochs=2", "train.optimizer=sgd"]
 
@@ -59,7 +81,7 @@ def test_option_datadir(tmp_path):
     assert sizes == [40, 80]
 
 
-def test_option_savedir(app, tmp_path):  # noqa: F811
+def test_option_savedir(app, tmp_path):
     app(QUICKSTART, *SHORT, f"{key('--savedir')}={tmp_path}/here")
     assert (only(tmp_path / "here") / "best.safetensors").exists()
 
@@ -134,7 +156,7 @@ def test_option_seed():
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-def test_option_gpu(app):  # noqa: F811
+def test_option_gpu(app):
     assert str(learner(f"{key('--gpu')}=cpu").dls.device) == "cpu"
     if not torch.cuda.is_available():
         assert "device: cuda:0, but this machine has no CUDA" in app(QUICKSTART, f"{key('--gpu')}=cuda:0", expect=2)
@@ -173,7 +195,7 @@ def test_option_bottleneck():
     assert learner(f"{key('--bottleneck')}=3", "model.heads=2").model.stages[0].layers[0].conv1.out_channels == 24
 
 
-def test_option_print_freq(app, tmp_path):  # noqa: F811
+def test_option_print_freq(app, tmp_path):
     text = app(QUICKSTART, *SHORT, f"{key('--print-freq')}=2", f"output={tmp_path}")
     assert re.findall(r"epoch 1 of 2: (\d) of 5 batches, loss \d\.\d{4}", text) == ["2", "4"]
     assert "batches" not in app(QUICKSTART, *SHORT, f"output={tmp_path}")
@@ -184,7 +206,7 @@ def test_option_save_freq(tmp_path):
     assert [path.stem for path in sorted(folder.glob("epoch*"))] == ["epoch_0002", "epoch_0004"]
 
 
-def test_option_resume(app, tmp_path):  # noqa: F811
+def test_option_resume(app, tmp_path):
     assert "`--resume`" in TABLE["--resume"]
     start([*SHORT, f"output={tmp_path}"], callback=StopAt(0, 1))
     folder = only(tmp_path)
@@ -192,7 +214,7 @@ def test_option_resume(app, tmp_path):  # noqa: F811
     assert f"Going on with {folder}." in text and not (folder / "state.pt").exists()
 
 
-def test_option_evaluate(app, tmp_path):  # noqa: F811
+def test_option_evaluate(app, tmp_path):
     assert "`evaluate RECIPE --weights FILE`" in TABLE["--evaluate"]
     write_cifar(tmp_path / "data", "cifar10")
     published = tmp_path / "model.pth.tar"

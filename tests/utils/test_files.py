@@ -77,8 +77,7 @@ def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
 def test_a_file_is_held_by_one(tmp_path):
     path = tmp_path / "file"
     path.touch()
-    with file_lock(path):
-        with pytest.raises(BlockingIOError), file_lock(path):
-            pass
+    with file_lock(path), pytest.raises(BlockingIOError), file_lock(path):
+        pass
     with file_lock(path):
         pass

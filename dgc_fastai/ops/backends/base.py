@@ -1,7 +1,7 @@
 """What a backend of `gated_conv2d` is."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,8 +23,8 @@ class Gradients(NamedTuple):
     x: Tensor
     gates: Tensor
     weight: Tensor
-    scale: Optional[Tensor] = None
-    shift: Optional[Tensor] = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class Backend(ABC):
@@ -45,7 +45,7 @@ class Backend(ABC):
         return True
 
     @abstractmethod
-    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Optional[Norm] = None) -> Tensor:
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         """As `reference.gated_conv2d`.
 
         Args:
@@ -66,7 +66,7 @@ class Backend(ABC):
         x: Tensor,
         gates: Tensor,
         weight: Tensor,
-        norm: Optional[Norm] = None,
+        norm: Norm | None = None,
     ) -> Gradients:
         """The gradients of the arguments of `forward` from that of its result. Those of gates that are zero may be
         anything."""

@@ -1,7 +1,5 @@
 """`gated_conv2d` by the C++ kernel, which computes with kept channels only and reads them where they are; see csrc/."""
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ class Cpu(Backend):
     def is_supported(self, desc: ConvDesc, x: Tensor, weight: Tensor) -> bool:
         return is_supported(x, weight) and not per_sample.is_channels_last(x)
 
-    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Optional[Norm] = None) -> Tensor:
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         gates = gates.to(kernel.acc_dtype(x.dtype)).contiguous()
         return _forward("gated_conv2d", desc, x, pack_weight(weight, desc.heads), gates)
 
@@ -31,7 +29,7 @@ class Cpu(Backend):
         x: Tensor,
         gates: Tensor,
         weight: Tensor,
-        norm: Optional[Norm] = None,
+        norm: Norm | None = None,
     ) -> Gradients:
         if x.dtype == torch.bfloat16:  # many values are summed in place, and read as often
             found = self.backward(desc, grad.float(), x.float(), gates, weight.float())
@@ -61,7 +59,7 @@ def group_conv2d_backward(desc: ConvDesc, grad: Tensor, x: Tensor, weight: Tenso
     return dx, dweight
 
 
-def _forward(name: str, desc: ConvDesc, x: Tensor, packed: Tensor, gates: Optional[Tensor] = None) -> Tensor:
+def _forward(name: str, desc: ConvDesc, x: Tensor, packed: Tensor, gates: Tensor | None = None) -> Tensor:
     y = x.new_empty(desc.output_shape)
     args = structures.ForwardArgs(
         x=x.data_ptr(), x_stride=x.stride(0), gates=_address(gates), y=y.data_ptr(), y_stride=y.stride(0)
@@ -71,8 +69,8 @@ def _forward(name: str, desc: ConvDesc, x: Tensor, packed: Tensor, gates: Option
 
 
 def _backward(
-    desc: ConvDesc, grad: Tensor, x: Tensor, gates: Optional[Tensor], weight: Tensor
-) -> tuple[Tensor, Optional[Tensor], Tensor]:
+    desc: ConvDesc, grad: Tensor, x: Tensor, gates: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Gradients for filters of any size; without gates, of a group convolution."""
     packed = pack_weight(weight, desc.heads, desc.grouped)
     dx, dgates = torch.zeros_like(x), None if gates is None else torch.zeros_like(gates)
@@ -120,5 +118,5 @@ def _backward_pointwise(
     return dx, dgates, dweight
 
 
-def _address(tensor: Optional[Tensor]) -> Optional[int]:
+def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

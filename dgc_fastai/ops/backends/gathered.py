@@ -5,7 +5,7 @@ number, which only the CPU has at hand.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ MAX_VALUES = 2**21  # gathered at a time, but at least one head: they should sta
 class Gathered(Backend):
     name = "gathered"
 
-    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Optional[Norm] = None) -> Tensor:
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         geometry = desc.stride, desc.padding, desc.dilation
         kept = _Kept(desc, x, gates, weight)
         y = x.new_empty(desc.output_shape)
@@ -39,7 +39,7 @@ class Gathered(Backend):
         x: Tensor,
         gates: Tensor,
         weight: Tensor,
-        norm: Optional[Norm] = None,
+        norm: Norm | None = None,
     ) -> Gradients:
         geometry = desc.stride, desc.padding, desc.dilation
         kept = _Kept(desc, x, gates, weight)

@@ -1,7 +1,5 @@
 """The definition as a backend. `gated_conv2d` leaves it to autograd, which can differentiate it twice."""
 
-from typing import Optional
-
 from torch import Tensor
 
 from .. import reference
@@ -15,5 +13,5 @@ class Reference(ScaledInputs):
 
     name = "reference"
 
-    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Optional[Norm] = None) -> Tensor:
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         return reference.gated_conv2d(x, gates, weight, None, None, desc.stride, desc.padding, desc.dilation)

@@ -3,8 +3,6 @@
 The backward pass scales the input again, so that nothing as large as heads x C x H x W is ever kept.
 """
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,7 @@ from .per_sample import conv2d_backward
 class ScaledInputs(Backend):
     name = "scaled_inputs"
 
-    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Optional[Norm] = None) -> Tensor:
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         return scaled_inputs(x, gates, weight, desc.stride, desc.padding, desc.dilation)
 
     def backward(
@@ -27,7 +25,7 @@ class ScaledInputs(Backend):
         x: Tensor,
         gates: Tensor,
         weight: Tensor,
-        norm: Optional[Norm] = None,
+        norm: Norm | None = None,
     ) -> Gradients:
         heads = desc.heads
         dx, dgates, dweight = torch.zeros_like(x), torch.empty_like(gates), torch.empty_like(weight)

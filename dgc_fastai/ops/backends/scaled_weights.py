@@ -5,7 +5,6 @@ activations; a few samples at a time, so that the copies stay in the cache.
 """
 
 from collections.abc import Iterator
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ MAX_VALUES = 2**20  # of the filters of all samples that are computed at a time
 class ScaledWeights(Backend):
     name = "scaled_weights"
 
-    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Optional[Norm] = None) -> Tensor:
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         geometry = desc.stride, desc.padding, desc.dilation
         y = torch.empty(desc.output_shape, dtype=x.dtype, device=x.device, memory_format=per_sample.memory_format(x))
         for part in _parts(x, weight):
@@ -34,7 +33,7 @@ class ScaledWeights(Backend):
         x: Tensor,
         gates: Tensor,
         weight: Tensor,
-        norm: Optional[Norm] = None,
+        norm: Norm | None = None,
     ) -> Gradients:
         geometry = desc.stride, desc.padding, desc.dilation
         dx, dgates = torch.empty_like(x), torch.empty_like(gates)

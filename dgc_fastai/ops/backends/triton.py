@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ class Triton(Backend):
     def is_supported(self, desc: ConvDesc, x: Tensor, weight: Tensor) -> bool:
         return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_installed()
 
-    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Optional[Norm] = None) -> Tensor:
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         from . import triton_kernels
 
         scale, shift = norm or (None, None)
@@ -31,7 +30,7 @@ class Triton(Backend):
         x: Tensor,
         gates: Tensor,
         weight: Tensor,
-        norm: Optional[Norm] = None,
+        norm: Norm | None = None,
     ) -> Gradients:
         from . import triton_kernels
 

@@ -30,8 +30,6 @@ So far the kernels have run in Triton's interpreter only, which shows that their
 compiled for sm_90 (Hopper). On a GPU they have neither run nor been timed; block sizes are guesses made for Hopper.
 """
 
-from typing import Optional
-
 import torch
 import triton
 import triton.language as tl
@@ -443,7 +441,7 @@ def _warps(load: int) -> int:
     return 8 if load > 4096 else 4
 
 
-def _contiguous(*tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
@@ -481,8 +479,8 @@ def forward(
     x: Tensor,
     gates: Tensor,
     weight: Tensor,
-    scale: Optional[Tensor],
-    shift: Optional[Tensor],
+    scale: Tensor | None,
+    shift: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
@@ -534,12 +532,12 @@ def backward(
     x: Tensor,
     gates: Tensor,
     weight: Tensor,
-    scale: Optional[Tensor],
-    shift: Optional[Tensor],
+    scale: Tensor | None,
+    shift: Tensor | None,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
-) -> tuple[Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, gates, weight, scale and shift from grad [B, O, H', W'], which may have any strides.
 
     A gate of zero has no gradient, and its channel adds nothing to the others for that sample and head.

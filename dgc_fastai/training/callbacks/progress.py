@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 from fastai.callback.core import Callback
 from rich.console import Console
@@ -45,11 +45,9 @@ class TrainingDisplay(Callback):
 
     order = SHOW_ROW
 
-    def __init__(
-        self, console: Console, rows: Optional[list[dict[str, Any]]] = None, print_every: Optional[int] = None
-    ):
+    def __init__(self, console: Console, rows: list[dict[str, Any]] | None = None, print_every: int | None = None):
         self.console, self.rows, self.print_every = console, rows, print_every
-        self.bars: Optional[Progress] = None
+        self.bars: Progress | None = None
 
     def before_fit(self):
         if self.console.is_terminal:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
@@ -37,11 +37,11 @@ class SaveState(Callback):
 
     order = SAVE_STATE
 
-    def __init__(self, path: Path, seed: int, state: Optional[dict[str, Any]] = None):
+    def __init__(self, path: Path, seed: int, state: dict[str, Any] | None = None):
         self.path, self.seed, self.state = path, seed, state
-        self.stop: Optional[int] = None
+        self.stop: int | None = None
         """The number of the signal that asks to stop."""
-        self.stopped: Optional[str] = None
+        self.stopped: str | None = None
         """Where the run has been stopped."""
 
     @property

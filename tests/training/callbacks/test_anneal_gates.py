@@ -120,7 +120,7 @@ def test_training_follows_the_reference_for_eight_steps():
 
 def test_training_by_the_fastest_backend_follows_the_reference_until_rounding_tells():
     golden, metadata = read("tiny_dydensenet.safetensors")
-    loss, penalty, lr, _, inactive = golden_run(golden, metadata, torch.get_num_threads(), 0)
+    loss, penalty, _lr, _, _inactive = golden_run(golden, metadata, torch.get_num_threads(), 0)
     n = len(loss)
     assert n >= 5
     assert_close(loss[:4], golden["train.cross_entropy"][:4], rtol=1e-4, atol=0)
@@ -174,7 +174,7 @@ def test_the_penalty_column_is_the_epoch_s_mean_and_the_loss_column_is_without_i
         learn.fit(1, 1e-3)
     losses, penalties, *_ = zip(*spy.steps)
     assert learn.recorder.values[-1][-2] == pytest.approx(sum(penalties) / 4, rel=1e-5)
-    assert [float(loss) for loss in learn.recorder.losses][0] == pytest.approx(losses[0], rel=1e-5)
+    assert next(float(loss) for loss in learn.recorder.losses) == pytest.approx(losses[0], rel=1e-5)
     for loss, penalty, differentiated in zip(losses, penalties, spy.differentiated):
         assert differentiated == pytest.approx(loss + 0.5 * penalty, rel=1e-5)
 
