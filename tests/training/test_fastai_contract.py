@@ -108,7 +108,7 @@ def test_dgc_learner_builds_the_paper_s_network(dls, tmp_path):
 def test_dgc_learner_refuses_what_it_cannot_use(dls):
     with pytest.raises(TypeError, match="growht"):
         dgc_learner(dls, "dgc_densenet22", growht=8)
-    with pytest.raises(TypeError, match="heads: a network that is there already takes no keywords"):
+    with pytest.raises(TypeError, match="heads: a network that exists already takes no keywords"):
         dgc_learner(dls, timm.create_model("dgc_densenet22"), heads=8)
     dls.vocab, dls.c = [], 0
     with pytest.raises(ValueError, match="number of classes"):

@@ -297,9 +297,13 @@ def test_a_damaged_state_stops_the_resumption_and_loses_nothing(app, stopped, tm
 
 def test_weights_of_another_recipe(app, stopped, tmp_path):
     weights = only(stopped) / "last.safetensors"
-    for override in ("model.heads=2", "model.stages=[1,1,2]", "model.arch=dgc_densenet86_dense"):
+    for override, problem in (
+        ("model.heads=2", "does not fit DGCDenseNet: "),
+        ("model.stages=[1,1,2]", "does not fit DGCDenseNet: "),
+        ("model.arch=dgc_densenet86_dense", "holds weights of dgc_densenet86, which do not fit dgc_densenet86_dense"),
+    ):
         text = app("evaluate", QUICKSTART, *TINY, override, "--weights", weights, expect=2)
-        assert text.startswith(f"error: {weights}: does not fit DGCDenseNet: ") and text.count("\n") == 1
+        assert text.startswith(f"error: {weights}: {problem}") and text.count("\n") == 1
     run = shutil.copytree(stopped, tmp_path / "runs")
     text = app(QUICKSTART, *TINY, "model.heads=2", "train.epochs=1", f"output={run}", "--resume")
     assert "was interrupted, too, but differs in model.heads, train.epochs" in text
