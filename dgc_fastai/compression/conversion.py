@@ -56,14 +56,10 @@ def convert(
     shapes = {model.get_submodule(layer.name): layer.output for layer in counted}
     layers: dict[nn.Module, DynamicGroupConv2d] = {}
     replaced, left = [], []
-    reason: str | None
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Conv2d):
-            continue
-        if any(fnmatch(name, pattern) for pattern in patterns):
-            reason = "skipped"
-        else:
-            reason = _reason_against(module, shapes.get(module), heads, squeeze_rate)
+    named = model.named_modules(remove_duplicate=False)
+    for name, module in [(name, module) for name, module in named if isinstance(module, nn.Conv2d)]:
+        is_skipped = any(fnmatch(name, pattern) for pattern in patterns)
+        reason = "skipped" if is_skipped else _reason_against(module, shapes.get(module), heads, squeeze_rate)
         if reason:
             left.append(f"{name}: {reason}")
             continue
@@ -71,9 +67,8 @@ def convert(
             layers[module] = _gated(module, heads, gate_factor, squeeze_rate)
         replaced.append((name, layers[module]))
     if not replaced:
-        raise ValueError(
-            f"{type(model).__name__} has no convolution to convert" + (f" ({'; '.join(left[:3])})" if left else "")
-        )
+        reasons = f" ({'; '.join(left[:3])})" if left else ""
+        raise ValueError(f"{type(model).__name__} has no convolution to convert{reasons}")
     for name, layer in replaced:
         model.set_submodule(name, layer)
     _logger.info("converted %d of %d convolutions", len(replaced), len(replaced) + len(left))
