@@ -25,7 +25,7 @@ def convert(
 ) -> nn.Module:
     """Replace the convolutions of a CNN by DGC layers that keep their weights.
 
-    The network then computes what it did before: all gates start open, and within 1e-5 of one. Train it further with
+    The network then computes what it did before: all gates start open, and within 3e-4 of one. Train it further with
     `AnnealGates`, or `set_progress` and `gate_penalty`, and they learn which channels each image needs while they
     close. Normalization layers and activations stay where the network has them.
 
@@ -104,20 +104,9 @@ def _reason_against(conv: nn.Conv2d, output: tuple[int, ...] | None, heads: int,
     return None
 
 
-# How far apart gates start, from the channel with the smallest filters to the one with the largest. Gates that were all
-# equal would be dropped together, as ties are; these are, before they are trained, in the order of magnitude pruning.
-SPREAD = 2e-5
-
-
-@torch.no_grad()
 def _gated(conv: nn.Conv2d, heads: int, gate_factor: float, squeeze_rate: int) -> DynamicGroupConv2d:
     """A DGC layer that computes what a convolution does, with its very parameters."""
     layer = DynamicGroupConv2d.like(conv, heads=heads, gate_factor=gate_factor, squeeze_rate=squeeze_rate, preact=False)
     layer.weight, layer.bias = conv.weight, conv.bias  # type: ignore[assignment]  # nn.Parameters
-    layer.gates.excite.zero_()
-    filters = conv.weight.float().unflatten(0, (-1, heads)).flatten(3)  # [O / heads, heads, C, kh * kw]
-    order = filters.square().sum((0, 3)).argsort(-1).argsort(-1)  # [heads, C], 0 for the smallest
-    gates = 1 + SPREAD * (order / (conv.in_channels - 1) - 0.5)
-    layer.gates.bias.copy_(gates)
-    layer.weight.copy_((filters / gates.unsqueeze(-1)).reshape_as(layer.weight))  # gate x filter is what it was
+    layer.open_gates()
     return layer.train(conv.training)

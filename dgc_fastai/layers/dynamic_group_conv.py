@@ -20,6 +20,10 @@ from ..ops.selection import fuses_norm
 
 __all__ = ["DynamicGroupConv2d", "squeezed_channels"]
 
+# The distance of two neighboring gates that start at one: two units in the last place of float32. Equal gates would be
+# dropped together, as ties are. These are dropped in the order of magnitude pruning until they are trained.
+GATE_STEP = 2**-22
+
 
 def squeezed_channels(channels: int, squeeze_rate: int) -> int:
     """Hidden units of each head's gates. Narrow layers squeeze half as much, as the authors' code does."""
@@ -94,6 +98,8 @@ class DynamicGroupConv2d(nn.Module):
         squeeze_rate: reduction in the gates' hidden layer; halved for fewer than 80 input channels.
         gate_factor: share of input channels each head keeps at the end of training, in (0, 1].
         preact: apply batch norm and ReLU to the input first, as the paper does.
+        zero_init_gates: start as the convolution that the layer replaces: the gates are one for every image, and the
+            filters are drawn with the fan-out of the whole layer. Otherwise the gates start at random, as published.
         memory_efficient: compute norm and ReLU again in the backward pass of training instead of keeping what
             comes out of them; not under torch.compile, which decides that by itself.
 
@@ -119,6 +125,7 @@ class DynamicGroupConv2d(nn.Module):
         bias: bool = False,
         preact: bool = True,
         memory_efficient: bool = False,
+        zero_init_gates: bool = False,
     ):
         super().__init__()
         if heads < 1 or out_channels % heads:
@@ -136,6 +143,7 @@ class DynamicGroupConv2d(nn.Module):
         self.gate_factor = gate_factor
         self.preact = preact
         self.memory_efficient = memory_efficient
+        self.zero_init_gates = zero_init_gates
 
         self.norm = nn.BatchNorm2d(in_channels) if preact else nn.Identity()
         self.gates = HeadGates(in_channels, heads, squeeze_rate)
@@ -147,14 +155,30 @@ class DynamicGroupConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each head's filters are initialised as a convolution of their own: its fan-out is one head's."""
+        """As published, each head's filters are initialized as a separate convolution, with the fan-out of one head."""
         kh, kw = self.kernel_size
-        nn.init.normal_(self.weight, std=(2 / (kh * kw * (self.out_channels // self.heads))) ** 0.5)
+        fan_out = self.out_channels if self.zero_init_gates else self.out_channels // self.heads
+        nn.init.normal_(self.weight, std=(2 / (kh * kw * fan_out)) ** 0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if isinstance(self.norm, nn.BatchNorm2d):
             self.norm.reset_parameters()
         self.gates.reset_parameters()
+        if self.zero_init_gates and not self.weight.is_meta:
+            self.open_gates()
+
+    @torch.no_grad()
+    def open_gates(self) -> None:
+        """Set all gates to one for every image, and keep what the layer then computes: a convolution with its filters.
+
+        The second weights of the gates become zero, so the gates do not depend on the image until they have learned to.
+        """
+        self.gates.excite.zero_()
+        filters = self.weight.float().unflatten(0, (-1, self.heads)).flatten(3)  # [O / heads, heads, C, kh * kw]
+        order = filters.square().sum((0, 3)).argsort(-1).argsort(-1)  # [heads, C], 0 for the smallest
+        gates = 1 + GATE_STEP * (order - (self.in_channels - 1) / 2)
+        self.gates.bias.copy_(gates)
+        self.weight.copy_((filters / gates.unsqueeze(-1)).reshape_as(self.weight))  # gate x filter is what it was
 
     @classmethod
     def like(cls, conv: nn.Conv2d, **keywords: Any) -> "DynamicGroupConv2d":

@@ -127,7 +127,7 @@ class DGCDenseNet(GatedModel):
         growth: channels that each layer of a stage adds, one number a stage.
         bottleneck: the 1x1 convolution has bottleneck x growth outputs.
         group_3x3: groups of the 3x3 convolution.
-        heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
+        heads, squeeze_rate, gate_factor, zero_init_gates: of every DGC layer, see `DynamicGroupConv2d`.
         stem_stride: 1 for CIFAR's 32 px images, 2 for ImageNet.
         connection: "dgc", or "dense" for ordinary 1x1 convolutions, where `heads`, `squeeze_rate` and
             `gate_factor` have no effect, or "sgc" for 1x1 group convolutions with as many groups as `heads`.
@@ -156,6 +156,7 @@ class DGCDenseNet(GatedModel):
         stem_stride: int = 1,
         connection: Connection = "dgc",
         memory_efficient: bool = False,
+        zero_init_gates: bool = False,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -170,7 +171,9 @@ class DGCDenseNet(GatedModel):
         self.num_classes = num_classes
         self.in_chans = in_chans
 
-        gating: dict[str, Any] = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
+        gating: dict[str, Any] = dict(
+            heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates
+        )
 
         def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
             if connection == "dgc":  # which has a norm and a ReLU of its own

@@ -33,8 +33,8 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
     """timm's MobileNetV2 with DGC layers in place of its 1x1 convolutions.
 
     Args:
-        heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
-        connection: "dgc", or "dense" for the ordinary MobileNetV2, where the three arguments above have no effect, or
+        heads, squeeze_rate, gate_factor, zero_init_gates: of every DGC layer, see `DynamicGroupConv2d`.
+        connection: "dgc", or "dense" for the ordinary MobileNetV2, where the arguments above have no effect, or
             "sgc" for ordinary group convolutions with as many groups as `heads`.
         kwargs: of `timm.models.efficientnet.EfficientNet`.
 
@@ -52,10 +52,13 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
         squeeze_rate: int = 16,
         gate_factor: float = 0.25,
         connection: Connection = "dgc",
+        zero_init_gates: bool = False,
         **kwargs,
     ):
         super().__init__(decode_arch_def(_STAGES), **{"act_layer": nn.ReLU6, **kwargs})
-        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
+        gating = dict(
+            heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates
+        )
         self.connect_convolutions(lambda name, conv: conv.kernel_size == (1, 1), connection, preact=False, **gating)
         if connection == "dgc":
             self.init_norm_stats()

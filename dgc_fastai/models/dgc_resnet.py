@@ -18,8 +18,9 @@ class DGCResNet(GatedModel, ResNet):
     """timm's `ResNet` with DGC layers in place of the convolutions of its four stages.
 
     Args:
-        heads, squeeze_rate, gate_factor: of every DGC layer, see `DynamicGroupConv2d`.
-        connection: "dgc", or "dense" for the ordinary ResNet, where the three arguments above have no effect, or
+        heads, squeeze_rate, gate_factor, zero_init_gates: of every DGC layer, see `DynamicGroupConv2d`.
+        preact: give each DGC layer its own batch norm and ReLU, as the authors do, in addition to those of a ResNet.
+        connection: "dgc", or "dense" for the ordinary ResNet, where the arguments above have no effect, or
             "sgc" for ordinary group convolutions with as many groups as `heads`.
         memory_efficient: recompute the outputs of the DGC layers' own norms in the backward pass instead of saving
             them (an ordinary ResNet does not have these norms); same numbers.
@@ -37,12 +38,16 @@ class DGCResNet(GatedModel, ResNet):
         gate_factor: float = 0.45,
         connection: Connection = "dgc",
         memory_efficient: bool = True,
+        preact: bool = True,
+        zero_init_gates: bool = False,
         **kwargs,
     ):
         # The authors' network, like torchvision's, does not start residual branches at zero.
         super().__init__(*args, zero_init_last=False, **kwargs)  # type: ignore[misc]
-        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor)
-        self.connect_convolutions(lambda name, conv: name.startswith("layer"), connection, **gating)
+        gating = dict(
+            heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates
+        )
+        self.connect_convolutions(lambda name, conv: name.startswith("layer"), connection, preact, **gating)
         if connection == "dgc":
             for layer in dgc_layers(self):
                 layer.memory_efficient = memory_efficient

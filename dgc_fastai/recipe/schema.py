@@ -13,14 +13,14 @@ from .yaml_text import Dumper
 __all__ = ["Recipe"]
 
 
-GATES = {"heads", "squeeze_rate", "gate_factor"}
+GATES = {"heads", "squeeze_rate", "gate_factor", "zero_init_gates"}
 DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3", "stem_stride", "memory_efficient"}
 # Every network by name, with the keywords it takes.
 ARCHITECTURES = {
     name + baseline: keywords
     for names, keywords in (
         (("dgc_densenet22", "dgc_densenet86", "dgc_condensenet74"), DENSENET),
-        (("dgc_resnet18", "dgc_resnet34", "dgc_resnet50"), GATES | {"memory_efficient"}),
+        (("dgc_resnet18", "dgc_resnet34", "dgc_resnet50"), GATES | {"memory_efficient", "preact"}),
         (("dgc_mobilenetv2_100",), GATES),
     )
     for name in names
@@ -81,6 +81,8 @@ class Model(Section):
     group_3x3: Width | None = None
     stem_stride: Annotated[int, Field(ge=1, le=8)] | None = None
     memory_efficient: bool | None = None
+    zero_init_gates: bool | None = None
+    preact: bool | None = None
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @model_validator(mode="after")

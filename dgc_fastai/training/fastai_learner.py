@@ -13,6 +13,7 @@ from fastcore.foundation import L
 from fastcore.meta import delegates
 
 from .. import models  # noqa: F401  (registers the networks)
+from ..recipe.schema import ARCHITECTURES
 from .callbacks import AnnealGates
 
 __all__ = ["dgc_learner"]
@@ -31,6 +32,9 @@ def dgc_learner(
     **kwargs: Any,
 ) -> Learner:
     """fastai's `vision_learner` for DGC networks, with `AnnealGates` and the paper's head: pooling, one linear layer.
+
+    A new network of this package starts as its dense baseline does, which small data need: `zero_init_gates=True` and,
+    for ResNets, `preact=False`. Pass the opposite for the published network, such as one for the authors' weights.
 
     `learn.model` is a timm model: `load_checkpoint`, `budget` and timm's own tools accept it. Body and classifier
     are two parameter groups, for `fine_tune`, `freeze` and a `slice` of learning rates.
@@ -55,7 +59,7 @@ def dgc_learner(
         n_out = n_out or get_c(dls)
         if not n_out:
             raise ValueError("the number of classes is not known: set dls.c or pass n_out")
-        model = timm.create_model(arch, num_classes=n_out, in_chans=n_in, **network_only)
+        model = timm.create_model(arch, num_classes=n_out, in_chans=n_in, **{**_as_dense(arch), **network_only})
     elif network_only:
         raise TypeError(f"{', '.join(network_only)}: a network that exists already takes no keywords")
     else:
@@ -66,6 +70,12 @@ def dgc_learner(
         dls.add_tfms([Normalize.from_stats(cfg["mean"], cfg["std"])], "after_batch")
     kwargs.setdefault("splitter", _body_and_classifier)
     return Learner(dls, model, cbs=[AnnealGates(lasso_weight, anneal), *L(cbs)], **kwargs)
+
+
+def _as_dense(arch: str) -> dict[str, bool]:
+    """The keywords with which a network of this package starts as its dense baseline does."""
+    keywords = {"zero_init_gates": True, "preact": False}
+    return {name: value for name, value in keywords.items() if name in ARCHITECTURES.get(arch, ())}
 
 
 _LEARNER_KEYWORDS = inspect.signature(Learner).parameters.keys()

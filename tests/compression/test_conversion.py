@@ -74,7 +74,7 @@ def test_torchvision_networks_compute_what_they_did(make):
         close(model(x), expected, 1e-4)
     assert parameters <= {id(p) for p in model.parameters()}
     assert len(dgc_layers(model)) > 5
-    assert all((layer.gates.bias - 1).abs().max() < 1.1e-5 for layer in dgc_layers(model))
+    assert all((layer.gates.bias - 1).abs().max() < 1e-4 for layer in dgc_layers(model))
 
 
 @pytest.mark.parametrize(
