@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
-import torch
 import torch.nn as nn
 
 from ..layers.dynamic_group_conv import DynamicGroupConv2d, squeezed_channels

@@ -56,9 +56,7 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
         **kwargs,
     ):
         super().__init__(decode_arch_def(_STAGES), **{"act_layer": nn.ReLU6, **kwargs})
-        gating = dict(
-            heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates
-        )
+        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates)
         self.connect_convolutions(lambda name, conv: conv.kernel_size == (1, 1), connection, preact=False, **gating)
         if connection == "dgc":
             self.init_norm_stats()

@@ -44,9 +44,7 @@ class DGCResNet(GatedModel, ResNet):
     ):
         # The authors' network, like torchvision's, does not start residual branches at zero.
         super().__init__(*args, zero_init_last=False, **kwargs)  # type: ignore[misc]
-        gating = dict(
-            heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates
-        )
+        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates)
         self.connect_convolutions(lambda name, conv: name.startswith("layer"), connection, preact, **gating)
         if connection == "dgc":
             for layer in dgc_layers(self):

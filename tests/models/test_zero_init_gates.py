@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import ROOT
-from helpers.golden import close, loaders
 
 from dgc_fastai import DynamicGroupConv2d, convert, dgc_learner, gate_penalty, load_recipe, set_progress
 from dgc_fastai.layers.dynamic_group_conv import GATE_STEP
 from dgc_fastai.layers.gate_schedule import dgc_layers
+from helpers import ROOT
+from helpers.golden import close, loaders
 
 SMALL = {
     "dgc_densenet22": dict(stages=(2, 2), growth=(8, 8)),
