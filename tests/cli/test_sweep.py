@@ -55,7 +55,7 @@ def test_a_sweep_trains_every_combination_and_compares_them(app, tmp_path):
             "model.gate_factor=2: input should be less than or equal to 1",
         ),
         (["model.heads=2,3"], "model: heads=3 does not divide"),
-        (["model.head=2,4"], "did you mean 'heads'"),
+        (["model.head=2,4"], "did you mean 'model.heads'"),
     ],
 )
 def test_a_sweep_tries_every_combination_before_it_begins(app, tmp_path, overrides, message):
