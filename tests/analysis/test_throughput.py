@@ -95,7 +95,7 @@ def test_rates_are_taken_in_turn_after_a_round_that_warms_up():
         ([5, 8, 9], "data", None, "8 with 1 worker: the data limits training."),
         ([5, 20, 9], "network", None, "20 with 1 worker: the data does not limit training."),
     ],
-    ids=["more workers would do", "no number of workers would do", "the network limits"],
+    ids=["more workers would do", "workers alone would not do", "the network limits"],
 )
 def test_what_limits_training(monkeypatch, given, limit, enough, words):
     monkeypatch.setattr(throughput, "worker_counts", lambda own: [0, 1, 2])

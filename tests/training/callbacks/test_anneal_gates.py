@@ -267,9 +267,9 @@ def test_export_and_load_learner(tmp_path):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3)
     learn.export("learner.pkl")
-    twin = load_learner(tmp_path / "learner.pkl")
-    assert equal_states(twin.model.state_dict(), learn.model.state_dict())
-    assert isinstance(twin.anneal_gates, AnnealGates)
+    loaded = load_learner(tmp_path / "learner.pkl")
+    assert equal_states(loaded.model.state_dict(), learn.model.state_dict())
+    assert isinstance(loaded.anneal_gates, AnnealGates)
 
 
 def test_order_is_before_accumulation_and_precision():
