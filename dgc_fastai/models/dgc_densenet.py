@@ -119,6 +119,14 @@ class DenseStage(nn.Module):
         return torch.cat(features, dim=1)
 
 
+def _check(stages: Sequence[int], growth: Sequence[int], group_3x3: int) -> None:
+    if len(stages) != len(growth):
+        raise ValueError(f"stages={list(stages)} and growth={list(growth)} differ in length")
+    for rate in growth:
+        if rate % group_3x3:
+            raise ValueError(f"group_3x3={group_3x3} does not divide growth={rate}")
+
+
 class DGCDenseNet(GatedModel):
     """DenseNet with DGC layers for its 1x1 convolutions and no compression between stages.
 
@@ -163,11 +171,7 @@ class DGCDenseNet(GatedModel):
         drop_rate: float = 0.0,
     ):
         super().__init__()
-        if len(stages) != len(growth):
-            raise ValueError(f"stages={list(stages)} and growth={list(growth)} differ in length")
-        for rate in growth:
-            if rate % group_3x3:
-                raise ValueError(f"group_3x3={group_3x3} does not divide growth={rate}")
+        _check(stages, growth, group_3x3)
         self.num_classes = num_classes
         self.in_chans = in_chans
 

@@ -113,7 +113,7 @@ def test_what_is_measured_before_an_interrupt_is_kept(monkeypatch, tmp_path):
             "--compile: torch.compile needs a C++ compiler, and there is no no-compiler",
             id="compiled inference without a compiler",
         ),
-        pytest.param(["train.epoch=3"], "did you mean 'epochs'", id="misspelt key"),
+        pytest.param(["train.epoch=3"], "did you mean 'train.epochs'", id="misspelt key"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(app, tmp_path, monkeypatch, arguments, message):
