@@ -78,11 +78,17 @@ def __dir__() -> list[str]:
 class _RegisterAfterTimm(importlib.abc.MetaPathFinder):
     """Imports `dgc_fastai.models`, which registers the networks, right after timm itself."""
 
+    def __init__(self) -> None:
+        self.is_searching = False
+
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != "timm":
+        if fullname != "timm" or self.is_searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("timm")
+        self.is_searching = True  # the other finders find it
+        try:
+            spec = importlib.util.find_spec("timm")
+        finally:
+            self.is_searching = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module

@@ -49,6 +49,10 @@ def test_networks_and_inference_need_no_fastai(name):
         pytest.param(["import dgc_fastai", "from timm import models", "import timm"], id="timm.models last"),
         pytest.param(["from dgc_fastai import set_progress", "import timm"], id="a layer's function first"),
         pytest.param(["import dgc_fastai.models, timm"], id="our models first"),
+        pytest.param(
+            ["import dgc_fastai, importlib.util", "importlib.util.find_spec('timm')", "import timm"],
+            id="somebody looks for timm in between",
+        ),
     ],
 )
 def test_timm_knows_the_networks(lines):
