@@ -191,7 +191,7 @@ class DynamicGroupConv2d(nn.Module):
         if not torch.jit.is_scripting():
             if self._recomputes():
                 return self._recomputing(x)
-            if self._fuses_norm():
+            if self._fuses_norm(x):
                 scale, shift, pooled = self._folded_norm(x)
                 return self._convolve(x, pooled, scale, shift)
         if self.preact:
@@ -241,8 +241,12 @@ class DynamicGroupConv2d(nn.Module):
             return self._convolve(y, pool(y), None, None)
 
     @torch.jit.unused
-    def _fuses_norm(self) -> bool:
-        return self.preact and type(self.norm) is nn.BatchNorm2d and fuses_norm()
+    def _fuses_norm(self, x: Tensor) -> bool:
+        return (
+            self.preact
+            and type(self.norm) is nn.BatchNorm2d
+            and fuses_norm(x, self.weight, self.heads, self.stride, self.padding, self.dilation)
+        )
 
     @torch.jit.unused
     def _folded_norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

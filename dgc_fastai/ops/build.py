@@ -13,12 +13,17 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["SOURCE", "build", "compiler_commands"]
+__all__ = ["SOURCE", "build", "cache_folder", "compiler_commands"]
 
 SOURCE = Path(__file__).parent / "csrc" / "kernel.cpp"
 VECTORS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]}
 
 log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where the user's machine keeps what is built or measured once. It need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgc_fastai"
 
 
 def compiler_commands() -> tuple[list[str], list[str]]:
@@ -55,7 +60,7 @@ def build() -> Path:
     compiling, linking = compiler_commands()
     sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.iterdir()))
     key = hashlib.sha256(sources + repr((torch.__version__, compiling, linking)).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgc_fastai"
+    folder = cache_folder()
     target = folder / f"cpu-{key}.so"
     if not target.exists():
         # A warning, since these are shown, and ten seconds of silence would need an explanation.

@@ -3,9 +3,6 @@
 `reference` defines it, and the backends must equal it; `selection` says which one runs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
@@ -15,6 +12,7 @@ from .backends import exported, per_sample
 from .backends.base import Norm
 from .conv_desc import Pair, conv_desc
 from .dispatch import LIBRARY
+from .precision import products_like_convolutions
 from .selection import select_backend, uses_reference
 
 __all__ = ["gated_conv2d"]
@@ -55,34 +53,18 @@ LIBRARY.define(
 )
 
 
-@contextmanager
-def _precision_of_convolutions() -> Iterator[None]:
-    """A matrix product that stands for a convolution may use TF32 where a convolution may."""
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
-
-
-def _precision(x: Tensor):
-    return _precision_of_convolutions() if x.is_cuda and x.dtype == torch.float32 else nullcontext()
-
-
 @torch.library.impl(LIBRARY, "gated_conv2d", "CompositeExplicitAutograd")
 def _forward(x, gates, weight, scale, shift, *geometry):
     desc = conv_desc(x.shape, weight.shape, gates.shape[1], *geometry)
     norm = None if scale is None else Norm(scale, shift)
-    backend = select_backend(desc, x, gates, weight)
+    backend = select_backend(desc, x, gates, weight, norm is not None)
     if backend.fuses_norm:
         return backend.forward(desc, x, gates, weight, norm)
     format = per_sample.memory_format(x)  # the result has the same, whatever the backend
     x = x.contiguous(memory_format=format)
     if norm is not None:
         x = reference.apply_norm(x, *norm)
-    with _precision(x):
+    with products_like_convolutions(x):
         y = backend.forward(desc, x, gates, weight)
     return y.contiguous(memory_format=format)
 
@@ -91,7 +73,7 @@ def _forward(x, gates, weight, scale, shift, *geometry):
 def _backward(grad, x, gates, weight, scale, shift, *geometry):
     desc = conv_desc(x.shape, weight.shape, gates.shape[1], *geometry)
     norm = None if scale is None else Norm(scale, shift)
-    backend = select_backend(desc, x, gates, weight)
+    backend = select_backend(desc, x, gates, weight, norm is not None)
     if backend.fuses_norm:
         gradients = backend.backward(desc, grad, x, gates, weight, norm)
         dx, dgates, *rest = (gates.new_empty(0) if part is None else part for part in gradients)
@@ -100,7 +82,7 @@ def _backward(grad, x, gates, weight, scale, shift, *geometry):
     x = x.contiguous(memory_format=format)
     u = x if norm is None else reference.apply_norm(x, *norm)
     grad = grad.contiguous(memory_format=format)
-    with _precision(x):
+    with products_like_convolutions(x):
         dx, dgates, dweight, _, _ = backend.backward(desc, grad, u, gates, weight)
     dgates = dgates.masked_fill_(gates == 0, 0)  # of dropped channels; see the definition
     if norm is None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from .backends.base import Backend
@@ -12,7 +13,8 @@ from .backends.reference import Reference
 from .backends.scaled_inputs import ScaledInputs
 from .backends.scaled_weights import ScaledWeights
 from .backends.triton import Triton
-from .conv_desc import ConvDesc
+from .conv_desc import ConvDesc, Pair, conv_desc
+from .measured import faster
 
 __all__ = ["BACKENDS", "fastest_backend", "fuses_norm", "select_backend", "use_backend", "uses_reference"]
 
@@ -51,24 +53,49 @@ def uses_reference() -> bool:
     return _forced is not None and _forced.name == "reference"
 
 
-def fuses_norm() -> bool:
+def fuses_norm(x: Tensor, weight: Tensor, heads: int, stride: Pair, padding: Pair, dilation: Pair) -> bool:
     """Whether the backend that will be selected applies normalization and ReLU where it reads the input, and so should
-    be given both. None of those that `fastest_backend` names does."""
-    return _forced is not None and _forced.fuses_norm
+    be given both.
+
+    Args:
+        x: [B, C, H, W], before the normalization.
+        weight: [O, C, kh, kw]; both as the layer has them, whatever autocast makes of them.
+    """
+    if _forced is not None:
+        return _forced.fuses_norm
+    if x.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cuda")
+        x, weight = x.to(dtype), weight.to(dtype)
+    desc = conv_desc(x.shape, weight.shape, heads, stride, padding, dilation)
+    return _fastest_on_gpu(desc, x, weight, True).fuses_norm
 
 
-def select_backend(desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor) -> Backend:
-    """The backend for a layer: the forced one if it supports the layer, otherwise the fastest."""
+def select_backend(desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, fused: bool = False) -> Backend:
+    """The backend for a layer: the forced one if it supports the layer, otherwise the fastest.
+
+    Args:
+        fused: whether the layer's normalization and ReLU are left to the operator; see `fuses_norm`.
+    """
     if _forced is not None and _forced.is_supported(desc, x, weight):
         return _forced
+    if x.device.type == "cuda":
+        return _fastest_on_gpu(desc, x, weight, fused)
     # To count what is kept would stall a GPU.
     kept = max_kept(gates) if x.device.type == "cpu" else None
     has_kernel = BACKENDS["cpu"].is_supported(desc, x, weight)
     return BACKENDS[fastest_backend(desc, kept, x.device.type, has_kernel)]
 
 
+def _fastest_on_gpu(desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Backend:
+    """cuDNN, unless the Triton kernels were measured to be faster."""
+    plain, triton = BACKENDS[fastest_backend(desc, None, "cuda")], BACKENDS["triton"]
+    return faster(plain, triton, desc, x, weight, fused) if triton.is_supported(desc, x, weight) else plain
+
+
 def fastest_backend(desc: ConvDesc, kept: int | None, device: str = "cpu", has_kernel: bool = False) -> str:
-    """The name of the backend that is expected to be the fastest.
+    """The name of the backend that is expected to be the fastest of those that need no measurement.
 
     Args:
         kept: the largest number of channels that any head keeps, None if it is not known.

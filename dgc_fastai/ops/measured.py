@@ -1,0 +1,184 @@
+"""Which of two backends is the faster one for a layer on this GPU: measured once, and kept in the user's cache.
+
+The cache is a file for each GPU model and version of PyTorch, Triton and the kernels. One process on each machine
+measures; the others find its answers in the file, and until then use the backend that needs no measurement.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..utils import launch
+from ..utils.errors import WriteError
+from ..utils.files import write_atomically
+from .backends.base import Backend, Norm
+from .backends.per_sample import is_channels_last, memory_format
+from .build import cache_folder
+from .conv_desc import ConvDesc
+from .precision import convolutions_use_tf32, products_like_convolutions
+
+__all__ = ["cache_file", "faster", "measured_layers"]
+
+MARGIN = 0.97  # of the time of the other: noise should not decide
+REPETITIONS = 7
+
+log = logging.getLogger(__name__)
+
+_layers: dict[Path, dict[str, dict]] = {}  # by file: what is known of it in this process
+
+
+def faster(plain: Backend, candidate: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Backend:
+    """`candidate` if it was measured to be faster than `plain`, which runs until then.
+
+    Measured are forward and backward pass together, when a layer is first seen; see `can_measure`.
+
+    Args:
+        x: [B, C, H, W], of the type and in the memory format that the layer is computed in.
+        weight: [O, C, kh, kw].
+        fused: whether normalization and ReLU before the convolution are part of the layer.
+    """
+    if not x.numel() or isinstance(x, torch._subclasses.FakeTensor):
+        return plain
+    file, key = cache_file(x.device), layer_key(desc, x, fused)
+    if key not in _layers.get(file, {}):
+        _layers[file] = measured_layers(file)  # another process may have measured it
+        if key not in _layers[file] and can_measure():
+            entry = _measure((plain, candidate), desc, x, weight, fused)
+            if entry is None:
+                return plain
+            _layers[file][key] = entry
+            _remember(file, key, entry, x.device)
+    entry = _layers[file].get(key)
+    return candidate if entry is not None and entry["backend"] == candidate.name else plain
+
+
+def can_measure() -> bool:
+    """Whether events can be timed now: not while a CUDA graph is captured, nor where a mode or a transform would see
+    the operators; and by one process of each machine, so that all choose alike."""
+    return (
+        launch.local_rank() == 0
+        and not torch.cuda.is_current_stream_capturing()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def layer_key(desc: ConvDesc, x: Tensor, fused: bool) -> str:
+    """A layer in words. Batches count by the next power of two, so that few smaller last ones are measured again."""
+
+    def pair(sizes: tuple[int, int]) -> str:
+        return "x".join(map(str, sizes))
+
+    batch = 1 << max(desc.batch - 1, 0).bit_length()
+    number = "tf32" if x.dtype == torch.float32 and convolutions_use_tf32() else str(x.dtype).removeprefix("torch.")
+    parts = [
+        f"{batch}x{desc.channels}x{pair(desc.in_size)} to {desc.heads}x{desc.filters}",
+        *(f"{name} {pair(getattr(desc, name))}" for name in ("kernel_size", "stride", "padding", "dilation")),
+        number,
+        "channels_last" if is_channels_last(x) else "contiguous",
+    ]
+    return ", ".join(parts + ["norm"] * fused)
+
+
+@functools.cache
+def _about(device: torch.device) -> dict[str, str]:
+    """What the answers depend on, besides the layer."""
+    sources = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent / "backends").glob("*.py")))
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": version("triton") if importlib.util.find_spec("triton") else "none",
+        "sources": hashlib.sha256(sources).hexdigest()[:16],
+    }
+
+
+def cache_file(device: torch.device) -> Path:
+    """The file for this GPU model and these versions."""
+    about = json.dumps(_about(device))
+    return cache_folder() / f"backends-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+def measured_layers(file: Path) -> dict[str, dict]:
+    """By layer, as `layer_key` writes it: the "backend" chosen and the "milliseconds" of both. None from a file that is
+    missing, damaged or somebody else's."""
+    try:
+        layers = json.loads(file.read_text())["layers"]
+        return {key: entry for key, entry in layers.items() if isinstance(entry["backend"], str)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _measure(backends: Sequence[Backend], desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> dict | None:
+    """The entry of a layer in the file; None if there is not enough memory to measure now."""
+    plain, candidate = backends
+    try:
+        with torch.no_grad(), torch.cuda.device_of(x), products_like_convolutions(x):
+            times = time_steps([_step(backend, desc, x, weight, fused) for backend in backends])
+    except torch.OutOfMemoryError:
+        return None
+    except Exception as error:  # whatever a compiler may say; what cannot run here is not the faster one
+        log.warning("Backend %s does not run on this GPU: %s", candidate.name, str(error).partition("\n")[0])
+        return {"backend": plain.name}
+    chosen = candidate if times[1] < MARGIN * times[0] else plain
+    rounded = {backend.name: round(time, 4) for backend, time in zip(backends, times)}
+    return {"backend": chosen.name, "milliseconds": rounded}
+
+
+def _step(backend: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Callable[[], None]:
+    """A forward and backward pass of a layer with open gates: to know what they let pass would stall the GPU."""
+    gates = x.new_ones(desc.batch, desc.heads, desc.channels, dtype=torch.float32)
+    scale, shift = gates.new_ones(desc.channels), gates.new_zeros(desc.channels)
+    grad = torch.empty(desc.output_shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)).fill_(1)
+    x = x.detach().contiguous(memory_format=memory_format(x))
+
+    def step() -> None:
+        if not fused or backend.fuses_norm:
+            norm = Norm(scale, shift) if fused else None
+            backend.forward(desc, x, gates, weight, norm)
+            backend.backward(desc, grad, x, gates, weight, norm)
+            return
+        statistics_ = shift, scale  # a mean of zero and a variance of one
+        u = F.batch_norm(x, *statistics_, scale, shift).relu_()
+        backend.forward(desc, u, gates, weight)
+        du = backend.backward(desc, grad, u, gates, weight).x
+        du = torch.ops.aten.threshold_backward(du, u, 0)
+        torch.ops.aten.native_batch_norm_backward(du, x, scale, None, None, *statistics_, True, 0.0, [True, True, True])
+
+    return step
+
+
+def time_steps(steps: Sequence[Callable[[], None]]) -> list[float]:
+    """Milliseconds that each takes on the GPU: medians of runs that take turns, after some to compile and tune them."""
+    for _ in range(3):
+        for step in steps:
+            step()
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(REPETITIONS):
+        for step, mine in zip(steps, times):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            mine.append(start.elapsed_time(end))
+    return [statistics.median(mine) for mine in times]
+
+
+def _remember(file: Path, key: str, entry: dict, device: torch.device) -> None:
+    layers = measured_layers(file) | {key: entry}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(_about(device) | {"layers": layers}, indent=1))
+    except (OSError, WriteError) as error:
+        log.warning("The fastest backends will be measured again next time: %s", error)
