@@ -66,7 +66,7 @@ def show_layers(console: Console, cost: "Budget") -> None:
 
 
 def show_result(console: Console, folder: Path) -> None:
-    """Print what a run reached, where its best weights are, and how to use them."""
+    """Print what a run reached, where its best weights are, how to use them, and what went wrong."""
     _, summary = read_run(folder)
     best, place = summary["best"], display_path(folder)
     share = _share(summary["macs"], summary["macs_dense"])
@@ -79,6 +79,8 @@ def show_result(console: Console, folder: Path) -> None:
     ]
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+    for problem in summary.get("problems", []):
+        console.print(f"Problem: {problem}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def _share(part: float, whole: float) -> str:

@@ -33,6 +33,7 @@ from ..utils import launch
 from ..utils.errors import Interrupted, LostProcess, RecipeError, TrainingError, WriteError
 from ..utils.files import write_atomically
 from ..utils.invocation import program
+from .callbacks.diagnosis import Diagnosis
 from .callbacks.progress import TrainingDisplay
 from .callbacks.run_recorder import RunRecorder
 from .callbacks.save_state import SaveState
@@ -107,11 +108,12 @@ class TrainingRun:
         if stage is Stage.COMPLETE:  # by the time that another process died
             return folder
         state = read_state(folder / STATE) if stage is Stage.INTERRUPTED else None
-        recorder = RunRecorder(folder, recipe, self.classes, self.cost)
+        diagnosis = Diagnosis(len(self.classes))
+        recorder = RunRecorder(folder, recipe, self.classes, self.cost, diagnosis.findings)
         save_state = SaveState(folder / STATE, recipe.train.seed, state)
         display = TrainingDisplay(console, recorder.rows, recipe.log.print_every)
         with lock_run(folder):
-            callbacks = [save_state, recorder]
+            callbacks = [save_state, diagnosis, recorder]
             if launch.is_main_process():
                 callbacks += [display, *logging_callbacks(recipe, folder)]
             try:

@@ -27,6 +27,9 @@ unwrapped: DistributedTrainer has put the wrapper on."""
 NON_FINITE_LOSS = 51
 """Looks at the loss after MixedPrecision has left autocast; Recorder has waited for the device by then, anyway."""
 
+DIAGNOSIS = 65
+"""Looks at the epoch after Recorder has collected its metrics, before the run recorder writes what is wrong."""
+
 RUN_RECORDER = 70
 """Writes the epoch's row and weights after Recorder has collected its metrics."""
 

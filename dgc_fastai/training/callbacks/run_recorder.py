@@ -15,14 +15,15 @@ from ...recipe.schema import Recipe
 from ...utils import launch
 from ...utils.files import write_atomically, write_table
 from ..curves import draw_curves
+from ..diagnosis import Findings, problems
 from .order import RUN_RECORDER
 
 
 class RunRecorder(Callback):
     """Keeps a row of numbers for each epoch, and the run's folder up to date.
 
-    After every epoch it writes the history, the summary, and the last and best weights; the curves from time to time,
-    and at the end. All processes keep the rows; the main one writes.
+    After every epoch it writes the history, the summary, and the last and best
+    weights; the curves from time to time, and at the end. All processes keep the rows; the main one writes.
 
     The best weights are those of the highest top-1 among the epochs with the most inactive channels: a network whose
     gates are still open is a different, costlier one.
@@ -32,17 +33,19 @@ class RunRecorder(Callback):
         recipe: the run's recipe; weights carry it and the class names in their metadata.
         classes: the class names.
         cost: of the network.
+        findings: of the callback Diagnosis, which fills them.
     """
 
     order = RUN_RECORDER
     state_key = "run"
 
-    def __init__(self, folder: Path, recipe: Recipe, classes: Sequence[str], cost: Budget):
-        self.folder, self.recipe = folder, recipe
+    def __init__(self, folder: Path, recipe: Recipe, classes: Sequence[str], cost: Budget, findings: Findings):
+        self.folder, self.recipe, self.findings = folder, recipe, findings
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
         self.drawn_at, self.drawing_time = self.started, 1.0  # a first guess
-        self.metadata = {"recipe": recipe.to_yaml(), "classes": json.dumps(list(classes)), "format": "pt"}
+        self.classes = list(classes)
+        self.metadata = {"recipe": recipe.to_yaml(), "classes": json.dumps(self.classes), "format": "pt"}
         self.summary = {
             "name": recipe.name,
             "macs": cost.macs,
@@ -95,6 +98,7 @@ class RunRecorder(Callback):
             seconds=round(sum(row["seconds"] for row in self.rows), 3),
             best=best,
             last=row,
+            problems=problems(self.rows, self.findings, self.recipe, self.classes),
         )
         write_atomically(self.folder / "summary.json", json.dumps(self.summary, indent=2) + "\n")
 

@@ -8,12 +8,13 @@ from safetensors import safe_open
 from dgc_fastai import load_recipe
 from dgc_fastai.models.factory import network_cost
 from dgc_fastai.training.callbacks.run_recorder import RunRecorder
+from dgc_fastai.training.diagnosis import Findings
 from helpers import QUICKSTART
 
 
 def test_best_is_the_best_of_the_most_closed(tmp_path):
     recipe = load_recipe(QUICKSTART)
-    record = RunRecorder(tmp_path, recipe, list("0123456789"), network_cost(recipe.model, 10, (1, 8, 8)))
+    record = RunRecorder(tmp_path, recipe, list("0123456789"), network_cost(recipe.model, 10, (1, 8, 8)), Findings())
     names = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "gate_penalty", "lr", "time"]
     epochs = [(0.9, 0.0), (0.8, 0.4), (0.7, 0.75), (0.75, 0.75), (0.75, 0.75), (0.6, 0.75)]
     best = []
