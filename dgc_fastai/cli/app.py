@@ -64,10 +64,17 @@ def set_quiet(quiet: bool) -> None:
 
 
 def load(recipe: Path, overrides: "Iterable[str]") -> "Recipe":
-    """Load a recipe with overrides; a command imports neither pydantic nor YAML before."""
+    """Load a recipe with overrides, and print what it leaves to the data.
+
+    A command imports neither pydantic nor YAML before.
+    """
     from ..recipe.loading import load_recipe
 
-    return load_recipe(recipe, overrides)
+    notes: list[str] = []
+    plan = load_recipe(recipe, overrides, notes)
+    for note in notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
+    return plan
 
 
 def weights_file(path: Path) -> Path:

@@ -59,6 +59,8 @@ def train(
         run.learner  # noqa: B018  (reads the data)
     show_recipe(console, plan)
     show_cost(console, run.cost)
+    if run.starts_from:
+        console.print(f"Starts from timm's weights {run.starts_from}.", soft_wrap=True, highlight=False, markup=False)
     folder, found = find_resumable_run(plan, resume)
     if found:
         console.print(found, soft_wrap=True, highlight=False, markup=False)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ..utils.errors import RecipeError
 from ..utils.invocation import display_path
 from ..utils.text import did_you_mean
+from .auto import choose_settings
 from .catalogue import find_recipe, recipe_names
 from .schema import Data, Log, Model, Recipe, Section, Train
 from .yaml_text import parse_yaml
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 RENAMED_KEYS: dict[tuple, str] = {("train", "lasso"): "lasso_weight"}
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), notes: list[str] | None = None) -> Recipe:
     """Read a recipe, apply overrides, and check every key and value.
 
     Whether the data, the output folder and the device exist is not checked: see `recipe.machine.check_machine`.
@@ -32,20 +33,24 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Args:
         path: a YAML file, or the name of a recipe that comes with the package, such as `quickstart`.
         overrides: `section.key=value` each, the value in YAML.
+        notes: takes a sentence about what was chosen for `auto`, if the recipe has it.
 
     Raises:
         RecipeError: says where the error is, what is wrong and what to do.
     """
     found = find_recipe(path)
-    return parse_recipe(_read(found), display_path(found), overrides)
+    return parse_recipe(_read(found), display_path(found), overrides, notes)
 
 
-def parse_recipe(text: str, where: str, overrides: Iterable[str] = ()) -> Recipe:
+def parse_recipe(text: str, where: str, overrides: Iterable[str] = (), notes: list[str] | None = None) -> Recipe:
     """Parse the text of a recipe. As `load_recipe`; `where` names the source of the text in errors."""
     content, lines = _parse_sections(text, where)
     _rename_old_keys(content, lines)
     for override in overrides:
         _override(content, lines, override)
+    note = choose_settings(content, lines, where)
+    if note and notes is not None:
+        notes.append(note)
     try:
         # Through JSON, whose types are those of YAML: pydantic's strict mode converts nothing.
         return Recipe.model_validate_json(_to_json(content, where))

@@ -69,7 +69,10 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The network and its keywords. A keyword that is left out keeps the network's default."""
+    """The network and its keywords. A keyword that is left out keeps the network's default.
+
+    `pretrained` starts from timm's ImageNet weights; with `auto`, only if they can be fetched.
+    """
 
     arch: Annotated[str, AfterValidator(_known_architecture)]
     heads: Width | None = None
@@ -84,17 +87,30 @@ class Model(Section):
     zero_init_gates: bool | None = None
     preact: bool | None = None
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    pretrained: bool | Literal["auto"] = False
 
     @model_validator(mode="after")
     def _keywords_of_this_network(self) -> "Model":
         foreign = sorted(self.keywords().keys() - ARCHITECTURES[self.arch] - {"drop_rate"})
         if foreign:
             raise ValueError(f"{self.arch} has no keyword {', '.join(foreign)}")
+        if self.pretrained is True and not self.has_timm_layout:
+            raise ValueError(
+                f"pretrained: timm has no weights for {self.arch} with these keywords; ResNets need preact: false"
+            )
         return self
+
+    @property
+    def has_timm_layout(self) -> bool:
+        """Whether timm has a network, and ImageNet weights, of this layout."""
+        name = self.arch.removesuffix("_dense")
+        return name.startswith("dgc_mobilenetv2") or (
+            name in ("dgc_resnet18", "dgc_resnet34", "dgc_resnet50") and (self.preact is False or name != self.arch)
+        )
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`."""
-        return self.model_dump(exclude={"arch"}, exclude_none=True)
+        return self.model_dump(exclude={"arch", "pretrained"}, exclude_none=True)
 
 
 class Data(Section):

@@ -12,11 +12,13 @@ A recipe goes through these files, in this order, and returns to none of them. H
 8. `models/checkpoints.py`: network -> weights
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
@@ -27,10 +29,11 @@ from ..data.classes import class_names
 from ..data.loaders import build_dataloaders
 from ..models.checkpoints import load_checkpoint
 from ..models.factory import create_model, network_cost, prepare
+from ..models.pretrained import load_pretrained
 from ..ops.device import use_device
 from ..recipe.schema import Recipe
 from ..utils import launch
-from ..utils.errors import Interrupted, LostProcess, RecipeError, TrainingError, WriteError
+from ..utils.errors import CheckpointError, Interrupted, LostProcess, RecipeError, TrainingError, WriteError
 from ..utils.files import write_atomically
 from ..utils.invocation import program
 from .callbacks.diagnosis import Diagnosis
@@ -44,6 +47,8 @@ from .run_folder import STATE, Stage, lock_run, prepare_run_folder
 from .state_file import read_state
 
 __all__ = ["TrainingRun", "build_learner"]
+
+_logger = logging.getLogger(__name__)
 
 
 class TrainingRun:
@@ -59,6 +64,7 @@ class TrainingRun:
         classes: class names in the order of the network's outputs.
         input_size: channels, height and width of an image.
         cost: of the network, before any training.
+        starts_from: the name of timm's weights, once the network has them.
 
     Raises:
         RecipeError: the device cannot be used, the data's class names cannot be read, or the network's keywords do
@@ -74,6 +80,8 @@ class TrainingRun:
         self.classes = class_names(recipe.data)
         self.input_size = recipe.data.input_size
         self.cost = network_cost(recipe.model, len(self.classes), self.input_size)
+        self.starts_from: str | None = None
+        self._starts_pretrained = True
 
     @cached_property
     def learner(self) -> RecipeLearner:
@@ -81,10 +89,14 @@ class TrainingRun:
 
         Raises:
             RecipeError: the data cannot be read, or timm's optimizer cannot be used here.
+            CheckpointError: timm's weights are asked for and cannot be fetched.
         """
         recipe = self.recipe
         set_seed(recipe.train.seed)
-        network = prepare(create_model(recipe.model, len(self.classes), self.input_size), recipe.train, self.device)
+        network = create_model(recipe.model, len(self.classes), self.input_size)
+        if recipe.model.pretrained and recipe.model.has_timm_layout and self._starts_pretrained:
+            self.starts_from = self._load_pretrained(network)
+        network = prepare(network, recipe.train, self.device)
         return assemble(recipe, build_dataloaders(recipe.data, self.device, self.classes), network)
 
     def fit(self, console: Console, folder: Path | None = None) -> Path:
@@ -132,6 +144,7 @@ class TrainingRun:
         Raises:
             CheckpointError: the file cannot be read, or belongs to another network.
         """
+        self._starts_pretrained = False
         load_checkpoint(self.learner.model, weights)
 
     def evaluate(self, console: Console) -> dict[str, float]:
@@ -144,6 +157,16 @@ class TrainingRun:
         display = [TrainingDisplay(console)] if launch.is_main_process() else []
         with _callbacks(learn, display), lost_processes_named():
             return evaluate(learn)
+
+    def _load_pretrained(self, network: torch.nn.Module) -> str | None:
+        model = self.recipe.model
+        try:
+            return load_pretrained(network, model.arch, self.input_size[0])
+        except CheckpointError as error:
+            if model.pretrained is True:
+                raise
+            _logger.warning("model.pretrained: %s; starting from random weights", error)
+            return None
 
 
 def build_learner(recipe: Recipe) -> RecipeLearner:
