@@ -28,3 +28,4 @@ def seed():
 
 
 from helpers.command_line import app  # noqa: E402, F401  (a fixture)
+from helpers.streams import streams  # noqa: E402, F401  (a fixture)

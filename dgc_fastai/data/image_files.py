@@ -1,13 +1,11 @@
 """Image files: read and augmented one by one, in worker processes if there are any."""
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.load import chunked
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor, parent_label
@@ -23,6 +21,7 @@ from ..recipe.schema import Data
 from ..utils.errors import RecipeError, UserError
 from .augmentation import RandomErasing, evaluation_transform, training_transform
 from .epoch_loader import EpochDL
+from .resizing import ResizeCrops, flatten_crops
 
 __all__ = ["FileDL", "UnreadableImage", "file_loaders", "open_image", "read_image"]
 
@@ -125,35 +124,12 @@ class CropsDL(FileDL):
     """A FileDL whose workers crop and leave the resizing to the device: see `ResizeCrops`.
 
     Resizing is most of a worker's work after decoding. Workers still crop, because a crop is fewer bytes to transfer
-    than its image. The crops of a batch travel as one flat tensor: each tensor costs a worker a file descriptor, and
-    the device a transfer.
+    than its image.
     """
 
     def collate(self, items: Sequence[tuple[Tensor, Tensor]]):
-        images = [image.as_subclass(Tensor).permute(1, 2, 0) for image, _ in items]  # their order in memory
-        crops = torch.cat([image.reshape(-1) for image in images])
-        return (
-            crops,
-            TensorCategory(torch.stack([label for _, label in items])),
-            [tuple(image.shape) for image in images],
-        )
-
-
-class ResizeCrops(ItemTransform):
-    """Resizes the uint8 crops of a `CropsDL` batch as `FileCropFlip` does: uint8 [B, 3, size, size]."""
-
-    order = -50  # right after Unreadable
-
-    def __init__(self, size: int):
-        self.size = [size, size]
-
-    def encodes(self, batch):
-        crops, labels, shapes = batch
-        # As floats, because CUDA cannot resize bytes; converted all at once, because every call launches a kernel.
-        parts = crops.float().split([math.prod(shape) for shape in shapes])
-        images = [part.view(1, *shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes)]
-        resized = torch.cat([F.interpolate(image, self.size, mode="bilinear", antialias=True) for image in images])
-        return TensorImage(resized.round().clamp(0, 255).byte()), labels
+        crops, labels = zip(*items)
+        return tuple(flatten_crops(crops)), TensorCategory(torch.stack(labels))
 
 
 class Unreadable(ItemTransform):
@@ -162,7 +138,7 @@ class Unreadable(ItemTransform):
     This happens in the main process, because an error in a worker arrives with a traceback.
     """
 
-    order = -100
+    order, is_prefetched = -100, True
 
     def __init__(self, skip: bool):
         self.skip = skip

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from fastai.data.core import DataLoaders
-from fastai.data.load import chunked
 from fastai.data.transforms import Category, IntToFloatTensor, Normalize
 from fastai.torch_basics import TensorCategory, TensorImage, TensorImageBW
 from torch import Tensor
@@ -49,7 +48,9 @@ class TensorDL(EpochDL):
     """Takes a whole batch from the tensors by one indexing operation."""
 
     def create_batches(self, samples):
-        yield from (self.dataset[indices] for indices in chunked(samples, self.bs, self.drop_last))
+        # The indices of all batches go to the device at once: each copy would wait for it.
+        indices = torch.tensor(list(samples), dtype=torch.long, device=self.dataset.labels.device)
+        yield from (self.dataset[part] for part in indices.split(self.bs) if len(part))
 
 
 def tensor_loaders(data: Data, device: torch.device, classes: Sequence[str]) -> DataLoaders:
