@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..ops.device import select_device
+from ..ops.device import resolve, select_device
 from ..recipe.schema import Data, Recipe
 from ..utils.errors import UserError
 from ..utils.files import write_atomically
@@ -44,6 +44,7 @@ def benchmark(
         The content of the JSON file: the machine, the recipe, all times.
     """
     device = select_device(recipe.device)
+    recipe = resolve(recipe, device)
     report: dict[str, Any] = {
         "name": recipe.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

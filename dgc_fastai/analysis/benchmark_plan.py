@@ -14,7 +14,7 @@ from ..data.classes import class_names
 from ..inference.deploy import deploy
 from ..layers.gate_schedule import dgc_layers, gate_penalty, set_progress
 from ..models.factory import build_model, prepare
-from ..ops.device import select_device, use_device
+from ..ops.device import resolve, select_device, use_device
 from ..ops.selection import use_backend
 from ..recipe.schema import Data, Recipe
 from ..training.learner import assemble
@@ -48,9 +48,12 @@ def plan_benchmark(recipe: Recipe, compiled: bool = True) -> list[Measurement]:
         RecipeError: the network, the optimizer or the device is not available.
     """
     device = use_device(recipe.device)
+    recipe = resolve(recipe, device)
     set_seed(recipe.train.seed)
     size, classes = recipe.data.batch_size, _class_count(recipe.data)
     images = torch.randn(size, *recipe.data.input_size, device=device)
+    if recipe.train.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(classes, (size,), device=device)
     networks = _networks(recipe, classes, device)
     plan = [_training_measurement(recipe, networks, images, labels)]

@@ -50,18 +50,20 @@ def train(
 
     check_machine(plan)
     with console.status("Starting torch and fastai, reading the data"):
-        from ..training.collectives import destroy_process_group
+        from ..ops.device import use_device
+        from ..training.collectives import destroy_process_group, init_process_group
         from ..training.run import TrainingRun
-        from ..training.run_folder import find_resumable_run
+        from ..training.run_folder import as_begun, find_resumable_run
         from .tables import show_cost, show_recipe, show_result
 
-        run = TrainingRun(plan)
+        init_process_group(use_device(plan.device))
+        folder, found = find_resumable_run(plan, resume)
+        run = TrainingRun(as_begun(plan, folder))
         run.learner  # noqa: B018  (reads the data)
-    show_recipe(console, plan)
+    show_recipe(console, run.recipe)
     show_cost(console, run.cost)
     if run.starts_from:
         console.print(f"Starts from timm's weights {run.starts_from}.", soft_wrap=True, highlight=False, markup=False)
-    folder, found = find_resumable_run(plan, resume)
     if found:
         console.print(found, soft_wrap=True, highlight=False, markup=False)
     folder = run.fit(console, folder)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ..data.image_files import read_image
 from ..models.checkpoints import load_checkpoint
 from ..models.factory import build_model
-from ..ops.device import select_device
+from ..ops.device import select_channels_last, select_device
 from ..recipe.loading import parse_recipe
 from ..recipe.schema import Recipe
 from ..utils.errors import CheckpointError
@@ -61,10 +61,11 @@ class Predictor:
         """
         device = select_device("auto")
         model = deploy(self.model.to(device))
+        memory_format = torch.channels_last if select_channels_last(None, device) else torch.contiguous_format
         for start in range(0, len(images), batch_size):
             batch = torch.stack([read_image(path, self.recipe.data) for path in images[start : start + batch_size]])
             with torch.no_grad():
-                probabilities = model(batch.to(device)).softmax(1).cpu()
+                probabilities = model(batch.to(device, memory_format=memory_format)).softmax(1).cpu()
             for row in probabilities:
                 order = row.argsort(descending=True).tolist()
                 yield [(self.classes[index], float(row[index])) for index in order]

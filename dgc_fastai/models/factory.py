@@ -4,6 +4,7 @@ import timm
 import torch
 
 from .. import models  # noqa: F401  (registers the networks)
+from ..ops.device import select_channels_last
 from ..recipe.schema import Model, Train
 from ..utils.errors import RecipeError
 from .cost import Budget, budget
@@ -49,9 +50,25 @@ def create_model(model: Model, classes: int, input_size: InputSize) -> torch.nn.
 
 def prepare(network: torch.nn.Module, train: Train, device: torch.device) -> torch.nn.Module:
     """Move a network to its device, in the recipe's memory format, and compile it if the recipe says so."""
-    network = network.to(device)
-    if train.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+    network = place(network, device, train.channels_last)
     if train.compile:
         network.compile()
     return network
+
+
+def place(network: torch.nn.Module, device: torch.device, channels_last: bool | None = None) -> torch.nn.Module:
+    """Move a network to a device, in the memory format that suits it (see `select_channels_last`).
+
+    Images that come in another format are converted when they enter the network: whatever mixes, crops or shards them,
+    training, validation and benchmarks compute in one format.
+    """
+    network = network.to(device)
+    if select_channels_last(channels_last, device):
+        network = network.to(memory_format=torch.channels_last)
+        network.register_forward_pre_hook(to_channels_last)
+    return network
+
+
+def to_channels_last(_: torch.nn.Module, images: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A forward pre-hook that converts images [B, C, H, W] to channels-last memory format."""
+    return tuple(one.contiguous(memory_format=torch.channels_last) for one in images)

@@ -1,7 +1,8 @@
-"""The device to compute on."""
+"""The device to compute on, and what suits it."""
 
 import torch
 
+from ..recipe.schema import Recipe
 from ..utils import launch
 from ..utils.errors import RecipeError
 
@@ -36,3 +37,43 @@ def use_device(name: str) -> torch.device:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
     return device
+
+
+def resolve(recipe: Recipe, device: torch.device) -> Recipe:
+    """A recipe whose precision and memory format are those that it has on a device.
+
+    Raises:
+        RecipeError: the device does not compute in the recipe's precision.
+    """
+    train = recipe.train
+    return recipe.resolved(select_precision(train.precision, device), select_channels_last(train.channels_last, device))
+
+
+def select_precision(name: str, device: torch.device) -> str:
+    """The precision that a recipe names: `float32`, `bf16`, `fp16`, or `auto` for what the device computes fast.
+
+    `auto` is bf16 on GPUs with bf16 units (compute capability 8.0), fp16 on older ones with fp16 matrix units (7.0),
+    and float32 elsewhere.
+
+    Raises:
+        RecipeError: the device does not compute in it. A GPU without bf16 units only emulates it, at a loss.
+    """
+    has_bf16 = has_fp16 = False
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        has_bf16, has_fp16 = capability >= (8, 0) or torch.version.hip is not None, capability >= (7, 0)
+    if name == "auto":
+        return "bf16" if has_bf16 else "fp16" if has_fp16 else "float32"
+    if name == "fp16" and device.type != "cuda":
+        raise RecipeError("train.precision: fp16 needs a CUDA device; use bf16 or float32 here")
+    if name == "bf16" and device.type == "cuda" and not has_bf16:
+        raise RecipeError(
+            f"train.precision: bf16, but {torch.cuda.get_device_name(device)} has no bf16 units (compute capability "
+            f"{capability[0]}.{capability[1]}; 8.0 has); use {'fp16 or ' if has_fp16 else ''}float32"
+        )
+    return name
+
+
+def select_channels_last(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to compute in channels-last memory format: as a recipe says, by default on CUDA, where it is faster."""
+    return device.type == "cuda" if wanted is None else wanted

@@ -176,7 +176,7 @@ class Train(Section):
     `lasso_weight` is the weight of the gate penalty (lambda in the paper). `warmup` is in epochs, `clip` the maximum
     norm of the gradient, `accumulate` the batches per step, `ema` the decay of the averaged weights; `mixup` and
     `cutmix` are the alpha of their beta distributions. `nonfinite` says what to do if a loss is NaN or Inf: stop, or
-    skip the batch. `compile` is torch.compile.
+    skip the batch. `compile` is torch.compile. `precision` auto and `channels_last` None are what suits the device.
     """
 
     epochs: Count
@@ -194,9 +194,9 @@ class Train(Section):
     clip: Annotated[float, Field(gt=0)] | None = None
     accumulate: Count = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     nonfinite: Literal["stop", "skip"] = "stop"
-    channels_last: bool = False
+    channels_last: bool | None = None
     compile: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
@@ -239,3 +239,12 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The whole recipe with every default. Loading it gives an equal recipe."""
         return yaml.dump(self.model_dump(exclude_none=True), Dumper=Dumper, sort_keys=False)
+
+    def resolved(self, precision: str, channels_last: bool | None) -> "Recipe":
+        """This recipe, with values for those keys that it leaves to the device."""
+        update: dict[str, Any] = {}
+        if self.train.precision == "auto":
+            update["precision"] = precision
+        if self.train.channels_last is None:
+            update["channels_last"] = channels_last
+        return self.model_copy(update={"train": self.train.model_copy(update=update)})

@@ -11,6 +11,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import AvgMetric, CancelEpochException, Learner
 from fastai.losses import CrossEntropyLossFlat
 
+from ..ops.device import resolve
 from ..recipe.schema import Recipe
 from ..utils.errors import TrainingError
 from .callbacks import (
@@ -68,8 +69,9 @@ def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> Recipe
         dls: of `EpochDL`s, as `build_dataloaders` makes them.
 
     Raises:
-        RecipeError: timm has no such optimizer, or it cannot be used here.
+        RecipeError: timm has no such optimizer, or it cannot be used here; or the device has not the precision.
     """
+    recipe = resolve(recipe, next(model.parameters()).device)
     train = recipe.train
     learn = RecipeLearner(
         dls,

@@ -30,7 +30,7 @@ from ..data.loaders import build_dataloaders
 from ..models.checkpoints import load_checkpoint
 from ..models.factory import create_model, network_cost, prepare
 from ..models.pretrained import load_pretrained
-from ..ops.device import use_device
+from ..ops.device import resolve, use_device
 from ..recipe.schema import Recipe
 from ..utils import launch
 from ..utils.errors import CheckpointError, Interrupted, LostProcess, RecipeError, TrainingError, WriteError
@@ -60,6 +60,7 @@ class TrainingRun:
         recipe: from `load_recipe`.
 
     Attributes:
+        recipe: with the precision and the memory format that it has on the device.
         device: where the network and its batches are.
         classes: class names in the order of the network's outputs.
         input_size: channels, height and width of an image.
@@ -67,16 +68,14 @@ class TrainingRun:
         starts_from: the name of timm's weights, once the network has them.
 
     Raises:
-        RecipeError: the device cannot be used, the data's class names cannot be read, or the network's keywords do
-            not go together or do not fit the size of the images.
+        RecipeError: the device cannot be used, or not in this precision; the data's class names cannot be read; or the
+            network's keywords do not go together or do not fit the size of the images.
     """
 
     def __init__(self, recipe: Recipe):
-        self.recipe = recipe
         self.device = use_device(recipe.device)
+        self.recipe = resolve(recipe, self.device)
         init_process_group(self.device)
-        if self.device.type != "cuda" and recipe.train.precision == "fp16":
-            raise RecipeError("train.precision: fp16 needs a CUDA device; use bf16 or float32 here")
         self.classes = class_names(recipe.data)
         self.input_size = recipe.data.input_size
         self.cost = network_cost(recipe.model, len(self.classes), self.input_size)

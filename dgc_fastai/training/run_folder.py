@@ -15,7 +15,7 @@ from ..utils.errors import RecipeError, WriteError
 from ..utils.files import file_lock, remove_partial, write_atomically
 from .collectives import all_reduce_max, broadcast_bytes
 
-__all__ = ["STATE", "Stage", "find_resumable_run", "interrupted_run", "lock_run", "prepare_run_folder"]
+__all__ = ["STATE", "Stage", "as_begun", "find_resumable_run", "interrupted_run", "lock_run", "prepare_run_folder"]
 
 STATE = "state.pt"  # there while something is left to do
 LAUNCH = "launch.txt"  # of a run that torchrun started: the launch that trained it last
@@ -59,7 +59,7 @@ def interrupted_run(recipe: Recipe) -> tuple[Path | None, str]:
     passed = ""
     for folder in (path.parent for path in states):
         try:
-            different = differences(recipe, load_recipe(folder / "recipe.yaml"), ignore=("output", "log"))
+            different = _differences(recipe, folder)
             with file_lock(folder / "recipe.yaml"):
                 if not different:
                     return folder, f"Going on with {folder}."
@@ -71,6 +71,18 @@ def interrupted_run(recipe: Recipe) -> tuple[Path | None, str]:
             if folder.name.startswith(recipe.name):
                 passed = passed or f"; {folder} was interrupted, too, but differs in {', '.join(different[:3])}"
     return None, f"No interrupted run of this recipe below {recipe.runs}: starting one{passed}."
+
+
+def as_begun(recipe: Recipe, folder: Path | None) -> Recipe:
+    """A recipe to resume a run with: what it leaves to the device is as when the run began, maybe on another one.
+
+    Raises:
+        RecipeError: the folder is not that of a run.
+    """
+    if folder is None:
+        return recipe
+    train = load_recipe(folder / "recipe.yaml").train
+    return recipe.resolved(train.precision, train.channels_last)
 
 
 def prepare_run_folder(recipe: Recipe, folder: Path | None) -> tuple[Path, Stage]:
@@ -115,9 +127,13 @@ def _begun_by_this_launch(recipe: Recipe) -> Path | None:
     """The folder that this launch has trained last, if its recipe is the same: launches can share an id."""
     for path in sorted(recipe.runs.glob(f"*/{LAUNCH}"), key=lambda path: path.stat().st_mtime, reverse=True):
         if path.read_text().strip() == launch.launch_id():
-            same = not differences(recipe, load_recipe(path.parent / "recipe.yaml"), ignore=("output", "log"))
-            return path.parent if same else None
+            return None if _differences(recipe, path.parent) else path.parent
     return None
+
+
+def _differences(recipe: Recipe, folder: Path) -> list[str]:
+    """The keys in which a recipe differs from that of a run; those left to the device are as the run began."""
+    return differences(as_begun(recipe, folder), load_recipe(folder / "recipe.yaml"), ignore=("output", "log"))
 
 
 def _stage(folder: Path, recipe: Recipe) -> Stage:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from dgc_fastai import load_recipe
 from dgc_fastai.training.run import TrainingRun
-from dgc_fastai.training.run_folder import find_resumable_run, interrupted_run
+from dgc_fastai.training.run_folder import as_begun, find_resumable_run, interrupted_run
 from dgc_fastai.training.state_file import read_state
-from dgc_fastai.utils.errors import CheckpointError, TrainingError
+from dgc_fastai.utils.errors import CheckpointError, RecipeError, TrainingError
 from dgc_fastai.utils.files import file_lock
 from helpers import QUICKSTART, ROOT
 from helpers.datasets import write_imagenet
@@ -227,3 +227,23 @@ def test_after_a_restart_a_launch_finds_the_run_that_it_had_taken(tmp_path, monk
     assert find_resumable_run(other, resume=False)[0] is None
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "third")
     assert find_resumable_run(recipe, resume=False)[0] is None
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(tmp_path, monkeypatch):
+    folder, _ = start(["train.precision=bf16", f"output={tmp_path}"], callback=StopAt(0, 1))
+    assert folder is None
+    recipe = load_recipe(QUICKSTART, [*TINY, f"output={tmp_path}"])
+    assert recipe.train.precision == "auto"  # float32 on this device
+    begun, found = interrupted_run(recipe)
+    assert begun and found.startswith("Going on with")
+    goes_on = as_begun(recipe, begun)
+    assert (goes_on.train.precision, goes_on.train.channels_last) == ("bf16", False)
+    assert as_begun(recipe, None) == recipe
+    other = load_recipe(QUICKSTART, [*TINY, f"output={tmp_path}", "train.precision=float32"])
+    assert interrupted_run(other)[0] is None and as_begun(other, begun).train.precision == "float32"
+    # On a GPU that does not compute in it, the run is refused.
+    monkeypatch.setattr("dgc_fastai.training.run.use_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    with pytest.raises(RecipeError, match="train.precision: bf16, but Some GPU has no bf16 units"):
+        TrainingRun(goes_on)
