@@ -33,7 +33,7 @@ from ..models.pretrained import load_pretrained
 from ..ops.device import resolve, use_device
 from ..recipe.schema import Recipe
 from ..utils import launch
-from ..utils.errors import CheckpointError, Interrupted, LostProcess, RecipeError, TrainingError, WriteError
+from ..utils.errors import CheckpointError, Interrupted, LostProcess, TrainingError, WriteError
 from ..utils.files import write_atomically
 from ..utils.invocation import program
 from .callbacks.diagnosis import Diagnosis
