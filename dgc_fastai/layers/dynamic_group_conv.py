@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from ..ops import folded_norm
+from ..ops import folded_norm, fused_layer
 from ..ops.gates import drop_smallest, head_gates, pool
 from ..ops.operator import gated_conv2d
 from ..ops.reference import apply_norm
@@ -189,25 +189,50 @@ class DynamicGroupConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if self._recomputes():
-                return self._recomputing(x)
             if self._fuses_norm(x):
-                scale, shift, pooled = self._folded_norm(x)
-                return self._convolve(x, pooled, scale, shift)
+                return self._add_bias(self._convolve_unnormalized(x))
+            if self._recomputes():
+                return self._add_bias(self._recomputing(x))
         if self.preact:
             x = F.relu(self.norm(x), inplace=True)
-        return self._convolve(x, pool(x), None, None)
+        return self._add_bias(self._convolve(x))
 
-    def _convolve(self, x: Tensor, pooled: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        """Gates from pooled features, selection, convolution; with scale and shift, x is not normalised yet."""
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Gates, selection and convolution of normalized x."""
+        if not torch.jit.is_scripting():
+            if fused_layer.is_supported(x, self.gates.squeeze):
+                return self._fused(x, None)
+        return self._select_and_convolve(x, pool(x), None, None)
+
+    def _select_and_convolve(self, x: Tensor, pooled: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        """In plain PyTorch, from pooled features; with scale and shift, x is not normalized yet."""
         gates = self.gates(pooled)
         if self.training:
             self.penalty = gates.mean((0, 2)).sum()
         gates = drop_smallest(gates, self.inactive_channels)
-        y = gated_conv2d(x, gates, self.weight, scale, shift, self.stride, self.padding, self.dilation)
+        return gated_conv2d(x, gates, self.weight, scale, shift, self.stride, self.padding, self.dilation)
+
+    def _add_bias(self, y: Tensor) -> Tensor:
         if self.bias is not None:
             y = y + self.bias.to(y.dtype).reshape(1, -1, 1, 1)
         return y
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+        gates, geometry = self.gates, fused_layer.Geometry(self.stride, self.padding, self.dilation)
+        weights = self.weight, gates.squeeze, gates.excite, gates.bias
+        y, penalty = fused_layer.fused_layer(x, *weights, self.inactive_channels, norm, geometry)
+        if self.training:
+            self.penalty = penalty
+        return y
+
+    @torch.jit.unused
+    def _convolve_unnormalized(self, x: Tensor) -> Tensor:
+        norm: Any = self.norm
+        if fused_layer.is_supported(x, self.gates.squeeze) and fused_layer.folds_norm(norm, x):
+            return self._fused(x, norm)
+        scale, shift = folded_norm.fold(norm, x)
+        return self._select_and_convolve(x, folded_norm.Pooled.apply(x, scale, shift), scale, shift)
 
     @torch.jit.unused
     def _recomputes(self) -> bool:
@@ -238,7 +263,7 @@ class DynamicGroupConv2d(nn.Module):
         hooks = RecomputeHooks(y, lambda: apply_norm(source, scale, shift))
         with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
             y = F.relu(y, inplace=True)
-            return self._convolve(y, pool(y), None, None)
+            return self._convolve(y)
 
     @torch.jit.unused
     def _fuses_norm(self, x: Tensor) -> bool:
@@ -247,12 +272,6 @@ class DynamicGroupConv2d(nn.Module):
             and type(self.norm) is nn.BatchNorm2d
             and fuses_norm(x, self.weight, self.heads, self.stride, self.padding, self.dilation)
         )
-
-    @torch.jit.unused
-    def _folded_norm(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        norm: Any = self.norm
-        scale, shift = folded_norm.fold(norm, x)
-        return scale, shift, folded_norm.Pooled.apply(x, scale, shift)
 
     def __getstate__(self) -> dict:
         # `penalty` hangs on the last forward's graph, which can be neither copied nor pickled.

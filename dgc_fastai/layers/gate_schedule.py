@@ -3,9 +3,12 @@
 Su, Fang et al., "Dynamic Group Convolution for Accelerating Convolutional Neural Networks", ECCV 2020.
 """
 
+from collections.abc import MutableMapping
+
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .dynamic_group_conv import DynamicGroupConv2d
 
@@ -44,7 +47,23 @@ def set_progress(model: nn.Module, progress: float) -> None:
     if not 0 <= progress <= 1:
         raise ValueError(f"progress={progress} is not in [0, 1]")
     for layer in dgc_layers(model):
-        layer.inactive_channels.fill_(num_inactive(layer.in_channels, layer.gate_factor, progress))
+        _write(layer.inactive_channels, num_inactive(layer.in_channels, layer.gate_factor, progress))
+
+
+_written: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()
+
+
+def _write(counter: Tensor, value: int) -> None:
+    """Fill a tensor unless it holds this value already: counts seldom change, and a GPU need not hear of it each step.
+
+    What it holds is not read back, which would stall a GPU, but remembered with PyTorch's count of its changes, so that
+    nothing else that writes to it goes unnoticed; nor does a copy, which is another tensor.
+    """
+    if counter.is_inference():  # its changes are not counted
+        counter.fill_(value)
+    elif _written.get(counter) != (counter._version, value):
+        counter.fill_(value)
+        _written[counter] = counter._version, value
 
 
 def gate_penalty(model: nn.Module) -> Tensor:
@@ -64,4 +83,6 @@ def gate_penalty(model: nn.Module) -> Tensor:
         raise RuntimeError("gate_penalty needs a forward pass in training mode first")
     if not layers:
         return torch.zeros((), device=next((p.device for p in model.parameters()), None))
-    return torch.stack(penalties).sum()
+    if all(penalty.dim() for penalty in penalties):  # by image and head: two kernels for all layers
+        return torch.cat([penalty.flatten() for penalty in penalties]).sum()
+    return torch.stack([penalty.sum() if penalty.dim() else penalty for penalty in penalties]).sum()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import reference
 from .backends import exported, per_sample
-from .backends.base import Norm
+from .backends.base import Gradients, Norm
 from .conv_desc import Pair, conv_desc
 from .dispatch import LIBRARY
 from .precision import products_like_convolutions
@@ -53,10 +53,9 @@ LIBRARY.define(
 )
 
 
-@torch.library.impl(LIBRARY, "gated_conv2d", "CompositeExplicitAutograd")
-def _forward(x, gates, weight, scale, shift, *geometry):
+def forward(x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None, *geometry: Pair) -> Tensor:
+    """`gated_conv2d` by the selected backend, below autograd and autocast."""
     desc = conv_desc(x.shape, weight.shape, gates.shape[1], *geometry)
-    norm = None if scale is None else Norm(scale, shift)
     backend = select_backend(desc, x, gates, weight, norm is not None)
     if backend.fuses_norm:
         return backend.forward(desc, x, gates, weight, norm)
@@ -69,30 +68,39 @@ def _forward(x, gates, weight, scale, shift, *geometry):
     return y.contiguous(memory_format=format)
 
 
-@torch.library.impl(LIBRARY, "gated_conv2d_backward", "CompositeExplicitAutograd")
-def _backward(grad, x, gates, weight, scale, shift, *geometry):
+def backward(
+    grad: Tensor, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None, *geometry: Pair
+) -> Gradients:
+    """Its gradients, those of gates that are zero anything."""
     desc = conv_desc(x.shape, weight.shape, gates.shape[1], *geometry)
-    norm = None if scale is None else Norm(scale, shift)
     backend = select_backend(desc, x, gates, weight, norm is not None)
     if backend.fuses_norm:
-        gradients = backend.backward(desc, grad, x, gates, weight, norm)
-        dx, dgates, *rest = (gates.new_empty(0) if part is None else part for part in gradients)
-        return dx, dgates.masked_fill_(gates == 0, 0), *rest
+        return backend.backward(desc, grad, x, gates, weight, norm)
     format = per_sample.memory_format(x)
     x = x.contiguous(memory_format=format)
     u = x if norm is None else reference.apply_norm(x, *norm)
     grad = grad.contiguous(memory_format=format)
     with products_like_convolutions(x):
         dx, dgates, dweight, _, _ = backend.backward(desc, grad, u, gates, weight)
-    dgates = dgates.masked_fill_(gates == 0, 0)  # of dropped channels; see the definition
     if norm is None:
-        dscale = dshift = gates.new_empty(0)
-    else:
-        passed = dx * (u > 0)
-        dscale = (passed * x).sum((0, 2, 3), dtype=scale.dtype)
-        dshift = passed.sum((0, 2, 3), dtype=shift.dtype)
-        dx = (passed * scale.reshape(1, -1, 1, 1)).to(x.dtype)
-    return dx.contiguous(memory_format=format), dgates, dweight.contiguous(), dscale, dshift
+        return Gradients(dx.contiguous(memory_format=format), dgates, dweight.contiguous())
+    passed = dx * (u > 0)
+    dscale = (passed * x).sum((0, 2, 3), dtype=norm.scale.dtype)
+    dshift = passed.sum((0, 2, 3), dtype=norm.shift.dtype)
+    dx = (passed * norm.scale.reshape(1, -1, 1, 1)).to(x.dtype)
+    return Gradients(dx.contiguous(memory_format=format), dgates, dweight.contiguous(), dscale, dshift)
+
+
+@torch.library.impl(LIBRARY, "gated_conv2d", "CompositeExplicitAutograd")
+def _forward(x, gates, weight, scale, shift, *geometry):
+    return forward(x, gates, weight, None if scale is None else Norm(scale, shift), *geometry)
+
+
+@torch.library.impl(LIBRARY, "gated_conv2d_backward", "CompositeExplicitAutograd")
+def _backward(grad, x, gates, weight, scale, shift, *geometry):
+    gradients = backward(grad, x, gates, weight, None if scale is None else Norm(scale, shift), *geometry)
+    dx, dgates, *rest = (gates.new_empty(0) if part is None else part for part in gradients)
+    return dx, dgates.masked_fill_(gates == 0, 0), *rest  # of dropped channels; see the definition
 
 
 @torch.library.register_fake("dgc_fastai::gated_conv2d", lib=LIBRARY)

@@ -16,7 +16,7 @@ from .backends.triton import Triton
 from .conv_desc import ConvDesc, Pair, conv_desc
 from .measured import faster
 
-__all__ = ["BACKENDS", "fastest_backend", "fuses_norm", "select_backend", "use_backend", "uses_reference"]
+__all__ = ["BACKENDS", "fastest_backend", "fuses_norm", "select_backend", "use_backend", "uses_reference", "uses_triton"]
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Reference(), ScaledWeights(), ScaledInputs(), Gathered(), Cpu(), Triton())
@@ -51,6 +51,11 @@ def use_backend(backend: str | Backend | None) -> Iterator[None]:
 def uses_reference() -> bool:
     """Whether the definition is forced, which autograd differentiates, instead of the operator."""
     return _forced is not None and _forced.name == "reference"
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether Triton kernels may compute with x: on a GPU, and in Triton's interpreter if the backend is forced."""
+    return x.is_cuda or (_forced is not None and _forced.name.startswith("triton"))
 
 
 def fuses_norm(x: Tensor, weight: Tensor, heads: int, stride: Pair, padding: Pair, dilation: Pair) -> bool:
