@@ -1,5 +1,5 @@
-"""A DGC layer on a GPU: pooling, gates, selection and, if the backend wants it, the normalization by a few Triton kernels
-(backends/triton_layer.py), the convolution by the backend that is selected.
+"""A DGC layer on a GPU: pooling, gates, selection and, if the backend wants it, the normalization by a few Triton
+kernels (backends/triton_layer.py), the convolution by the backend that is selected.
 
 `gates` and `folded_norm` define in plain PyTorch what the kernels compute, and compute it elsewhere. torch.compile is
 given those, too, since it fuses them by itself.
@@ -20,7 +20,7 @@ from .backends.per_sample import memory_format
 from .conv_desc import Pair, conv_desc
 from .selection import uses_reference, uses_triton
 
-__all__ = ["Batch", "Geometry", "folds_norm", "fused_layer", "is_supported"]
+__all__ = ["Geometry", "folds_norm", "fused_layer", "is_supported"]
 
 
 class Geometry(NamedTuple):
@@ -32,8 +32,8 @@ class Geometry(NamedTuple):
 
 
 def is_supported(x: Tensor, squeeze: Tensor) -> bool:
-    """Whether `fused_layer` can compute a layer with this input [B, C, H, W] and these gates [heads, hidden, C] here. Not
-    where a tracer or a transform wants to see PyTorch's operators."""
+    """Whether `fused_layer` can compute a layer with this input [B, C, H, W] and these gates [heads, hidden, C] here.
+    Not where a tracer or a transform wants to see PyTorch's operators."""
     return (
         not torch.compiler.is_compiling()  # first, since torch.compile cannot trace the rest
         and not torch.jit.is_tracing()

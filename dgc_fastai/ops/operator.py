@@ -53,9 +53,11 @@ LIBRARY.define(
 )
 
 
-def forward(x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None, *geometry: Pair) -> Tensor:
+def forward(
+    x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None, stride: Pair, padding: Pair, dilation: Pair
+) -> Tensor:
     """`gated_conv2d` by the selected backend, below autograd and autocast."""
-    desc = conv_desc(x.shape, weight.shape, gates.shape[1], *geometry)
+    desc = conv_desc(x.shape, weight.shape, gates.shape[1], stride, padding, dilation)
     backend = select_backend(desc, x, gates, weight, norm is not None)
     if backend.fuses_norm:
         return backend.forward(desc, x, gates, weight, norm)
@@ -69,10 +71,17 @@ def forward(x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None, *geomet
 
 
 def backward(
-    grad: Tensor, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None, *geometry: Pair
+    grad: Tensor,
+    x: Tensor,
+    gates: Tensor,
+    weight: Tensor,
+    norm: Norm | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Gradients:
     """Its gradients, those of gates that are zero anything."""
-    desc = conv_desc(x.shape, weight.shape, gates.shape[1], *geometry)
+    desc = conv_desc(x.shape, weight.shape, gates.shape[1], stride, padding, dilation)
     backend = select_backend(desc, x, gates, weight, norm is not None)
     if backend.fuses_norm:
         return backend.backward(desc, grad, x, gates, weight, norm)

@@ -16,7 +16,15 @@ from .backends.triton import Triton
 from .conv_desc import ConvDesc, Pair, conv_desc
 from .measured import faster
 
-__all__ = ["BACKENDS", "fastest_backend", "fuses_norm", "select_backend", "use_backend", "uses_reference", "uses_triton"]
+__all__ = [
+    "BACKENDS",
+    "fastest_backend",
+    "fuses_norm",
+    "select_backend",
+    "use_backend",
+    "uses_reference",
+    "uses_triton",
+]
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Reference(), ScaledWeights(), ScaledInputs(), Gathered(), Cpu(), Triton())
@@ -72,7 +80,8 @@ def fuses_norm(x: Tensor, weight: Tensor, heads: int, stride: Pair, padding: Pai
         return False
     if torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cuda")
-        x, weight = x.to(dtype), weight.to(dtype)
+        # What they hold does not matter, and to cast them would be a kernel for each layer.
+        x, weight = (one if one.dtype == dtype else torch.empty_like(one, dtype=dtype) for one in (x, weight))
     desc = conv_desc(x.shape, weight.shape, heads, stride, padding, dilation)
     return _fastest_on_gpu(desc, x, weight, True).fuses_norm
 

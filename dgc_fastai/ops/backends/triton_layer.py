@@ -21,7 +21,7 @@ channels (channels-last) or of pixels allows it. Numbers of samples are no const
 code.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -628,7 +628,7 @@ def select(x: Tensor, weights: Gates, inactive: Tensor, norm: Norm | None) -> Se
     heads, units = weights.squeeze.shape[:2]
     pixels = height * width
     empty = torch.empty
-    about = {"dtype": torch.float32, "device": x.device}
+    about: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     folded, sums = empty(4 if norm else 0, channels, **about), empty(3 if norm else 1, batch, channels, **about)
     hidden, gates = empty(batch, heads, units, **about), empty(batch, heads, channels, **about)
     penalty = empty(batch, heads, **about)
@@ -692,7 +692,7 @@ def backward(
     heads, units = weights.squeeze.shape[:2]
     pixels = height * width
     dx_conv, dgates, dscale, dshift, dpenalty = upstream
-    about = {"dtype": torch.float32, "device": x.device}
+    about: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     dexcited, dpooled = (torch.empty(batch, heads, channels, **about) for _ in range(2))
     dhidden = torch.empty(batch, heads, units, **about)
     share, groups = _shares(batch, 16)
