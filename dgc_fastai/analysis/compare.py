@@ -14,8 +14,9 @@ from rich.table import Table
 from ..recipe.loading import differences
 from ..recipe.schema import Recipe
 from ..training.run_summary import read_run
+from ..training.sweep_table import group_rows
 
-__all__ = ["show_comparison"]
+__all__ = ["show_comparison", "show_groups"]
 
 Run = tuple[Path, Recipe, dict[str, Any]]
 
@@ -35,6 +36,23 @@ def show_comparison(console: Console, folders: Sequence[Path]) -> None:
     if keys:
         console.print()
         _show_differences(console, keys, [recipe for _, recipe, _ in runs])
+
+
+def show_groups(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Print the mean over seeds of each combination of a sweep, where there are several."""
+    groups = group_rows(rows)
+    if all(group["seeds"] == 1 for group in groups):
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("mean over seeds")
+    for heading in ("top-1\n%", "std. error\n%", "seeds", "MACs\nM"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group in sorted(groups, key=lambda group: -group["top_1"]):
+        error = "" if group["error"] is None else f"{100 * group['error']:.2f}"
+        numbers = f"{100 * group['top_1']:.2f}", error, str(group["seeds"]), f"{group['macs'] / 1e6:,.2f}"
+        table.add_row(escape(group["label"]), *numbers)
+    console.print()
+    console.print(table)
 
 
 def _results(runs: Sequence[Run]) -> Table:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from ..utils.errors import UserError
 from ..utils.invocation import program
@@ -73,19 +74,43 @@ def train(
 
 @app.command(
     group=TRAIN,
-    help_epilogue=f"Example:\n  {program()} sweep quickstart model.gate_factor=0.25,0.5,1 train.seed=0,1",
+    help_epilogue=f"""\
+Examples:
+  {program()} sweep quickstart model.gate_factor=0.25,0.5,1 train.seed=0,1
+  {program()} sweep quickstart mine.yaml train.seed=0,1,2 --resume""",
 )
-def sweep(recipe: RecipeFile, /, *overrides: Overrides) -> None:
-    """Train RECIPE with every combination of several values."""
-    load(recipe, ())
+def sweep(
+    recipe: RecipeFile,
+    /,
+    *more: Annotated[str, Parameter(help="More recipes; section.key=value,value,... for all of them.")],
+    jobs: Annotated[
+        int | None,
+        Parameter(
+            validator=Number(gte=1),
+            help="Runs side by side; by default one on a GPU, and on a CPU one of a single thread for each core.",
+        ),
+    ] = None,
+    resume: Annotated[bool, Parameter(help="Continue the newest sweep of the same runs, if any.")] = False,
+) -> None:
+    """Train recipes with every combination of several values."""
+    recipes = [recipe, *(Path(word) for word in more if "=" not in word)]
+    overrides = [word for word in more if "=" in word]
+    for one in recipes:
+        load(one, ())
     with console.status("Starting torch and fastai, checking every combination"):
-        from ..analysis.compare import show_comparison
-        from ..training.sweep import plan_sweep
-        from ..training.sweep import sweep as run_all
+        from ..analysis.compare import show_comparison, show_groups
+        from ..training.sweep import default_jobs, plan_sweep
 
-        folder, plans = plan_sweep(recipe, overrides)
-    show_comparison(results, run_all(folder, plans, console))
-    text = f"The runs, sweep.csv and sweep.png are in {folder}."
+        plan = plan_sweep(recipes, overrides, resume)
+    jobs = jobs or default_jobs(plan.runs[0].recipe)
+    if resume:
+        text = f"Going on with {plan.folder}." if plan.is_resumed else "No such sweep was begun: starting one."
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+    if jobs > 1:
+        console.print(f"{len(plan.runs)} runs, {jobs} at a time, into {plan.folder}", soft_wrap=True, highlight=False)
+    show_comparison(results, plan.train(console, jobs))
+    show_groups(results, plan.rows())
+    text = f"The runs, sweep.csv and sweep.png are in {plan.folder}."
     results.print(text, soft_wrap=True, highlight=False, markup=False)
 
 

@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 
@@ -15,7 +15,16 @@ from ..utils.errors import RecipeError, WriteError
 from ..utils.files import file_lock, remove_partial, write_atomically
 from .collectives import all_reduce_max, broadcast_bytes
 
-__all__ = ["STATE", "Stage", "as_begun", "find_resumable_run", "interrupted_run", "lock_run", "prepare_run_folder"]
+__all__ = [
+    "STATE",
+    "Stage",
+    "as_begun",
+    "find_resumable_run",
+    "finished_run",
+    "interrupted_run",
+    "lock_run",
+    "prepare_run_folder",
+]
 
 STATE = "state.pt"  # there while something is left to do
 LAUNCH = "launch.txt"  # of a run that torchrun started: the launch that trained it last
@@ -83,6 +92,15 @@ def as_begun(recipe: Recipe, folder: Path | None) -> Recipe:
         return recipe
     train = load_recipe(folder / "recipe.yaml").train
     return recipe.resolved(train.precision, train.channels_last)
+
+
+def finished_run(recipe: Recipe) -> Path | None:
+    """The folder of a run of this recipe, by its name, that has come to its end; None if there is none."""
+    for path in sorted(recipe.runs.glob(f"{recipe.name}-*/summary.json"), reverse=True):
+        with suppress(RecipeError):  # of another version
+            if not _differences(recipe, path.parent) and _stage(path.parent, recipe) is Stage.COMPLETE:
+                return path.parent
+    return None
 
 
 def prepare_run_folder(recipe: Recipe, folder: Path | None) -> tuple[Path, Stage]:

@@ -1,27 +1,41 @@
 """sweep."""
 
 import csv
+import signal
+import statistics
+import subprocess
+import sys
+import time
 
 import pytest
 from PIL import Image
 
 from dgc_fastai import load_recipe
-from dgc_fastai.training.sweep import combinations, draw_sweep
-from helpers import QUICKSTART
-from helpers.command_line import only
+from dgc_fastai.training.sweep import combinations, plan_sweep
+from dgc_fastai.training.sweep_table import draw_sweep, group_rows
+from helpers import QUICKSTART, ROOT
+from helpers.command_line import only, process
 from helpers.runs import TINY
 
-SHORT = [*TINY, "train.epochs=2"]
+SHORT = [*TINY[1:], "model.stages=[1,1,1]", "train.epochs=2", "device=cpu"]
+SWEEP = [*SHORT, "model.gate_factor=0.25,1", "train.seed=0,1"]
 
 
-def test_a_sweep_trains_every_combination_and_compares_them(app, tmp_path):
-    text = app(
-        "sweep", QUICKSTART, *SHORT[1:], "model.stages=[1,1,1]", "model.gate_factor=0.25,1", "train.seed=0,1",
-        f"output={tmp_path}",
-    )  # fmt: skip
-    assert "Run 4 of 4: gate_factor=1 seed=1" in text and "top-1" in text
-    folder = only(tmp_path)
-    rows = list(csv.DictReader(open(folder / "sweep.csv")))
+def table(folder):
+    return list(csv.DictReader(open(folder / "sweep.csv")))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of two networks and two seeds, two runs at a time, and what it printed."""
+    output = tmp_path_factory.mktemp("swept")
+    text = process("sweep", QUICKSTART, *SWEEP, f"output={output}", "--jobs", "2", COLUMNS="200")
+    return only(output), text
+
+
+def test_a_sweep_trains_every_combination_and_compares_them(swept, app):
+    folder, text = swept
+    rows = table(folder)
     labels = [f"gate_factor={factor} seed={seed}" for factor in ("0.25", "1") for seed in (0, 1)]
     assert [row["label"] for row in rows] == labels
     assert Image.open(folder / "sweep.png").size[0] > 800
@@ -29,11 +43,14 @@ def test_a_sweep_trains_every_combination_and_compares_them(app, tmp_path):
         run = folder / row["run"]
         recipe = load_recipe(run / "recipe.yaml")
         assert f"gate_factor={recipe.model.gate_factor:g} seed={recipe.train.seed}" == row["label"]
-        assert recipe.output == str(folder)
+        assert recipe.output == str(folder) and recipe.train.seed == int(row["seed"])
         history = list(csv.DictReader(open(run / "history.csv")))
         most = max(float(one["inactive"]) for one in history)
         assert float(row["top_1"]) == max(float(one["top_1"]) for one in history if float(one["inactive"]) == most)
     assert int(rows[0]["macs"]) < int(rows[2]["macs"]) and rows[0]["macs_dense"] == rows[2]["macs_dense"]
+    mean = statistics.fmean(float(row["top_1"]) for row in rows[:2])
+    (line,) = [line.split() for line in text.splitlines() if line.startswith("gate_factor=0.25 ")]
+    assert line[1] == f"{100 * mean:.2f}" and line[3] == "2"
     text = app("compare", *(folder / row["run"] for row in rows))
     lines = [line.split() for line in text.splitlines() if "2/2" in line]
     best = sorted((float(row["top_1"]) for row in rows), reverse=True)
@@ -44,6 +61,59 @@ def test_a_sweep_trains_every_combination_and_compares_them(app, tmp_path):
         and "heads" not in text
         and all(row["run"] in text for row in rows)
     )
+
+
+def test_a_sweep_that_was_stopped_gives_the_same_table(swept, tmp_path):
+    command = [sys.executable, ROOT / "app.py", "sweep", QUICKSTART, *SWEEP, f"output={tmp_path}", "--jobs", "2"]
+    child = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("*/sweep.csv")) and time.monotonic() < until:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 130 and "--resume" in errors, errors
+    before = table(only(tmp_path))
+    assert 1 <= len(before) < 4
+    text = process("sweep", QUICKSTART, *SWEEP, f"output={tmp_path}", "--jobs", "2", "--resume")
+    assert f"Going on with {only(tmp_path)}" in " ".join(text.split()) and "finished already" in text
+    ours, theirs = table(only(tmp_path)), table(swept[0])
+    assert ours[0]["run"] == before[0]["run"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert {key: one[key] for key in ("label", "top_1", "macs")} == {
+            key: other[key] for key in ("label", "top_1", "macs")
+        }
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+    overrides = *SHORT, "train.lr=0.01,1e5", "train.optimizer=sgd", "train.lasso_weight=100", f"output={tmp_path}"
+    errors = process("sweep", QUICKSTART, *overrides, "--jobs", "2", expect=2)
+    assert "1 of 2 runs failed: lr=1e5: the loss is nan at step" in errors
+    assert [row["label"] for row in table(only(tmp_path))] == ["lr=0.01"]
+
+
+def test_recipes_are_swept_together(tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(QUICKSTART.read_text().replace("name: quickstart", "name: other"))
+    sweep = plan_sweep([QUICKSTART, other], [*SHORT, "train.seed=0,1", f"output={tmp_path}"])
+    assert [run.label for run in sweep.runs] == [
+        "quickstart seed=0", "quickstart seed=1", "other seed=0", "other seed=1",
+    ]  # fmt: skip
+    assert [run.group for run in sweep.runs] == ["quickstart", "quickstart", "other", "other"]
+    assert len({run.recipe.name for run in sweep.runs}) == 4
+
+
+def test_only_a_sweep_of_the_same_runs_is_resumed(tmp_path):
+    def plan(*overrides, resume=True):
+        return plan_sweep([QUICKSTART], [*SHORT, f"output={tmp_path}", *overrides], resume)
+
+    begun = plan("train.seed=0,1", resume=False)
+    (begun.folder / "plan").mkdir(parents=True)
+    for run in begun.runs:
+        (begun.folder / "plan" / f"{run.recipe.name}.yaml").write_text(run.recipe.to_yaml())
+    assert plan("train.seed=0,1").is_resumed and plan("train.seed=0,1").folder == begun.folder
+    assert not plan("train.seed=0,1", resume=False).is_resumed
+    assert not plan("train.seed=0,1,2").is_resumed
+    assert not plan("train.seed=0,1", "train.lr=0.02").is_resumed
 
 
 @pytest.mark.parametrize(
@@ -73,5 +143,12 @@ def test_combinations_keep_lists_whole():
 
 def test_the_picture_of_a_sweep_takes_any_number_of_runs():
     for count in (1, 30):
-        rows = [dict(label=str(n), macs=n * 1e6, macs_dense=2e6, top_1=n / 30) for n in range(count)]
+        rows = [dict(group=str(n), macs=n * 1e6, macs_dense=2e6, top_1=n / 30) for n in range(count)]
         assert draw_sweep(rows, "many").startswith(b"\x89PNG")
+
+
+def test_rows_that_differ_in_their_seed_are_one():
+    rows = [dict(group=name, macs=1, macs_dense=2, top_1=top_1) for name, top_1 in (("a", 0.1), ("b", 1), ("a", 0.3))]
+    first, second = group_rows(rows)
+    assert (first["label"], first["seeds"], second["seeds"], second["error"]) == ("a", 2, 1, None)
+    assert first["top_1"] == pytest.approx(0.2) and first["error"] == pytest.approx(0.1)
