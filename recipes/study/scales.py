@@ -1,8 +1,8 @@
 """How strong the features of single images become, layer by layer, while a network learns.
 
-For each way to start a network it trains 200 steps and writes, for every DGC layer and some of the steps: the root mean
-square of the layer's input, by image; the mean gate; the share of gates that are zero. In training mode, where batch norm
-uses the batch's statistics, and in evaluation mode, on validation images.
+For each way to start a network it trains 200 steps and writes, for every DGC layer and some of the steps: the root
+mean square of the layer's input, by image; the mean gate; the share of gates that are zero. In training mode, where
+batch norm uses the batch's statistics, and in evaluation mode, on validation images.
 
     python recipes/study/render_glyphs.py pictures/letters --characters BDEFGPRS
     python recipes/study/scales.py pictures/letters docs/figures/scales      # scales.csv and scales.png; it resumes
