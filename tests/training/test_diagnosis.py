@@ -39,8 +39,8 @@ def test_a_validation_loss_that_is_not_finite(loss):
 @pytest.mark.parametrize(
     "overrides, hint",
     [
-        ([], "model.zero_init_gates=true."),
-        (["model.zero_init_gates=true"], "train the dense network first"),
+        (["model.zero_init_gates=false"], "model.zero_init_gates=true."),
+        ([], "train the dense network first"),
         (["model.arch=dgc_densenet86_dense"], "a smaller train.lr, or train.clip"),
     ],
 )
