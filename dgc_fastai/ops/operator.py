@@ -91,13 +91,14 @@ def backward(
     grad = grad.contiguous(memory_format=format)
     with products_like_convolutions(x):
         dx, dgates, dweight, _, _ = backend.backward(desc, grad, u, gates, weight)
+    dweight = dweight.contiguous(memory_format=per_sample.memory_format(weight))
     if norm is None:
-        return Gradients(dx.contiguous(memory_format=format), dgates, dweight.contiguous())
+        return Gradients(dx.contiguous(memory_format=format), dgates, dweight)
     passed = dx * (u > 0)
     dscale = (passed * x).sum((0, 2, 3), dtype=norm.scale.dtype)
     dshift = passed.sum((0, 2, 3), dtype=norm.shift.dtype)
     dx = (passed * norm.scale.reshape(1, -1, 1, 1)).to(x.dtype)
-    return Gradients(dx.contiguous(memory_format=format), dgates, dweight.contiguous(), dscale, dshift)
+    return Gradients(dx.contiguous(memory_format=format), dgates, dweight, dscale, dshift)
 
 
 @torch.library.impl(LIBRARY, "gated_conv2d", "CompositeExplicitAutograd")
@@ -121,10 +122,10 @@ def _forward_fake(x, gates, weight, scale, shift, *geometry):
 @torch.library.register_fake("dgc_fastai::gated_conv2d_backward", lib=LIBRARY)
 def _backward_fake(grad, x, gates, weight, scale, shift, *geometry):
     sizes = [gates.new_empty(0) if part is None else torch.empty_like(part) for part in (scale, shift)]
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format).contiguous(
-        memory_format=per_sample.memory_format(x)
+    dx, dweight = (
+        part.new_empty(part.shape).contiguous(memory_format=per_sample.memory_format(part)) for part in (x, weight)
     )
-    return dx, torch.empty_like(gates).contiguous(), weight.new_empty(weight.shape), *sizes
+    return dx, gates.new_empty(gates.shape), dweight, *sizes
 
 
 def _save(ctx, inputs, output):

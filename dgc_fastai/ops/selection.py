@@ -12,7 +12,7 @@ from .backends.gathered import CHANNEL_MULTIPLE, Gathered, max_kept
 from .backends.reference import Reference
 from .backends.scaled_inputs import ScaledInputs
 from .backends.scaled_weights import ScaledWeights
-from .backends.triton import Triton
+from .backends.triton import Triton, TritonSkipping
 from .conv_desc import ConvDesc, Pair, conv_desc
 from .measured import faster
 
@@ -27,7 +27,16 @@ __all__ = [
 ]
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Reference(), ScaledWeights(), ScaledInputs(), Gathered(), Cpu(), Triton())
+    backend.name: backend
+    for backend in (
+        Reference(),
+        ScaledWeights(),
+        ScaledInputs(),
+        Gathered(),
+        Cpu(),
+        Triton(),
+        TritonSkipping(),
+    )
 }
 
 _forced: Backend | None = None

@@ -13,7 +13,9 @@ from dgc_fastai.ops.precision import products_like_convolutions
 from helpers.operators import run
 
 ONE, NONE = (1, 1), (0, 0)
-OWN = [name for name in BACKENDS if name not in ("reference", "triton")]  # Triton has tests of its own
+OWN = [
+    name for name in BACKENDS if name not in ("reference", "triton", "triton_skipping")
+]  # Triton has tests of its own
 
 
 def random_case(seed, dtype=torch.float32):

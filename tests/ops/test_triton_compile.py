@@ -1,6 +1,11 @@
-"""The Triton kernels compile for a GPU, here without one."""
+"""The Triton kernels compile for GPUs, here without one, to what makes them fast.
+
+Runs without the interpreter: launches only compile, for exactly the types, strides and sizes of the tensors given. The
+interpreter forgives much that the compiler does not, above all sizes and strides of one, which it sees as constants.
+"""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,77 +17,159 @@ import dgc_fastai
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-KERNELS = Path(dgc_fastai.__file__).parent / "ops" / "backends" / "triton_kernels.py"
+BACKENDS = Path(dgc_fastai.__file__).parent / "ops" / "backends"
 
-# Runs without the interpreter and without a GPU: launches only compile, for exactly the types, strides and sizes of
-# the tensors given. The interpreter forgives much that the compiler does not, above all sizes and strides of one,
-# which the compiler sees as constants.
+# Prints, for each layer, what its kernels are compiled to: a name and a dictionary each.
 COMPILE = """
-import importlib
-import sys
-import types
+import importlib, json, re, subprocess, sys, tempfile, types
 from pathlib import Path
 
+capability, module, layers = int(sys.argv[1]), sys.argv[3], json.loads(sys.argv[4])
 try:
     import torch, triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    class Hopper:
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    class Gpu:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
         get_current_device = staticmethod(lambda: 0)
         get_current_stream = staticmethod(lambda device: 0)
 
-    kernels = []
+    kernels, described = [], {}
     JITFunction.__getitem__ = lambda self, grid: lambda *args, **keywords: kernels.append(
         self.run(*args, grid=grid, warmup=True, **keywords)
     )
-    driver.set_active(Hopper())
+    driver.set_active(Gpu())
+    assembler = triton.knobs.nvidia.ptxas.path
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
     sys.exit(77)
 
-# The file and its neighbours alone: to import the whole package takes longer than to compile the kernels.
-folder = Path(sys.argv[1]).parent
+# The file and its neighbors alone: to import the whole package takes longer than to compile the kernels.
+folder = Path(sys.argv[2])
 for name, path in (("ops", folder.parent), ("ops.backends", folder)):
     sys.modules[name] = package = types.ModuleType(name)
     package.__path__ = [str(path)]
-cuda = importlib.import_module("ops.backends.triton_kernels")
+backend = getattr(importlib.import_module("ops.backends.triton"), module)()
+from ops.backends.base import Norm
+from ops.conv_desc import conv_desc
 try:
-    cuda._lists(torch.zeros(1, 1, 32))
+    partial = torch.zeros(2, 8)
+    importlib.import_module("ops.backends.triton_kernels")._sum_parts[(1,)](partial, partial[0], 2, 8, BLOCK=16)
     assert "ptx" in kernels.pop().asm
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
     sys.exit(77)
 
-def compile(dtype, batch, heads, channels, filters, size, kernel, stride, padding, norm, last):
-    x = torch.zeros(batch, channels, *size, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    inputs = x, torch.zeros(batch, heads, channels), torch.zeros(heads * filters, channels, *kernel, dtype=dtype)
-    inputs += tuple(torch.zeros(2, channels)) if norm else (None, None)
-    geometry = stride, padding, (1, 1)
-    cuda.backward(cuda.forward(*inputs, *geometry), *inputs, *geometry)
-    names = [kernel.metadata.name for kernel in kernels]
-    assert names == ["_list_kept", "_forward", "_list_kept", "_backward_input", "_backward_weight"], names
-    for kernel in kernels:
-        if kernel.metadata.name != "_list_kept":
-            # Tensor cores for the short types, and none for float32: its products are to be IEEE.
-            assert ("mma" in kernel.asm["ptx"]) == (dtype != torch.float32), (kernel.metadata.name, dtype)
-    kernels.clear()
+def describe(kernel):
+    ptx = kernel.asm["ptx"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = re.search(r"\\.target (\\w+)", ptx)[1]
+        command = [assembler, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    def count(pattern):
+        return len(re.findall(pattern, ptx))
+    return {
+        "products": count(r"wgmma\\.mma_async|mma\\.sync"),
+        "wide loads": count(r"cp\\.async\\.c[ag][^;]*, 0x10|ld\\.global[.:\\w]*v4\\.b32"),
+        "narrow loads": count(r"ld\\.global[.:\\w]*\\.b16"),
+        "spilled": int(re.search(r"(\\d+) bytes spill stores", report)[1]),
+    }
 
-compile(torch.bfloat16, 2, 4, 256, 48, (32, 32), (1, 1), (1, 1), (0, 0), True, False)
-compile(torch.float32, 2, 4, 128, 32, (14, 14), (3, 3), (2, 2), (1, 1), False, True)
-compile(torch.float16, 1, 1, 1, 1, (1, 1), (1, 1), (1, 1), (0, 0), True, False)
-compile(torch.float32, 1, 1, 5, 1, (7, 1), (3, 1), (2, 1), (1, 0), True, False)
+for dtype, batches, heads, channels, filters, size, kernel, stride, padding, norm, last in layers:
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    dtype = getattr(torch, {"tf32": "float32"}.get(dtype, dtype))
+    format = torch.channels_last if last else torch.contiguous_format
+    weight = torch.zeros(heads * filters, channels, *kernel, dtype=dtype).contiguous(memory_format=format)
+    norm = Norm(*torch.zeros(2, channels)) if norm else None
+    seen = {}
+    for batch in batches:
+        x = torch.zeros(batch, channels, *size, dtype=dtype).contiguous(memory_format=format)
+        gates = torch.zeros(batch, heads, channels)
+        desc = conv_desc(x.shape, weight.shape, heads, tuple(stride), tuple(padding), (1, 1))
+        y = backend.forward(desc, x, gates, weight, norm)
+        backend.backward(desc, y, x, gates, weight, norm)
+    found = []
+    for kernel in kernels:
+        if kernel.hash not in described:
+            described[kernel.hash] = describe(kernel)
+        if kernel.hash not in seen:
+            seen[kernel.hash] = True
+            found.append((kernel.metadata.name, described[kernel.hash]))
+    kernels.clear()
+    print(json.dumps(found))
 """
 
 
-def test_compiles_for_hopper(tmp_path):
+def compiled(folder, capability, backend, *layers):
+    """For each layer, the kernels that it needs, in the order of their first launch: names and descriptions.
+
+    A layer is its dtype, batches, heads, channels, filters of a head, size, kernel, stride, padding, and whether there
+    is a norm and whether all is channels-last.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", COMPILE, str(KERNELS)]
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    command = [sys.executable, "-c", COMPILE, str(capability), str(BACKENDS), backend, json.dumps(layers)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 77:
         pytest.skip(f"this Triton does not compile without a GPU: {done.stdout.strip()}")
     assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+RESNET18 = [
+    (4, 64, 16, (56, 56), (3, 3), (1, 1), (1, 1), True, True),
+    (4, 64, 32, (56, 56), (3, 3), (2, 2), (1, 1), True, True),
+    (4, 512, 128, (7, 7), (3, 3), (1, 1), (1, 1), True, True),
+]
+DENSENET86 = [(4, 72, 8, (32, 32), (1, 1), (1, 1), (0, 0), True, True)]
+PRODUCTS = {"_forward", "_backward_input", "_backward_weight"}
+
+
+@pytest.mark.parametrize(
+    "capability, layers",
+    [
+        (80, [("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3), ("tf32", 0)]),
+        (90, [("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 3), ("float16", 0), ("tf32", 0)]),
+    ],
+)
+def test_products_run_on_tensor_cores_from_wide_loads_and_registers(tmp_path, capability, layers):
+    layers = [(dtype, [8], *(RESNET18 + DENSENET86)[index]) for dtype, index in layers]
+    for layer, kernels in zip(layers, compiled(tmp_path, capability, "Triton", *layers), strict=True):
+        assert {name for name, _ in kernels} >= PRODUCTS, layer
+        for name, found in kernels:
+            if name in PRODUCTS:
+                assert found["products"] and found["wide loads"] >= 4 and not found["narrow loads"], (
+                    layer,
+                    name,
+                    found,
+                )
+                assert found["spilled"] <= 8, (layer, name, found)  # two registers
+
+
+def test_another_batch_finds_its_kernels_compiled(tmp_path):
+    """Nor does another layer of the same kind compile any, as long as its channels have the same power of two."""
+    layers = [("bfloat16", [64, 17], *RESNET18[0]), ("bfloat16", [8], 4, 72, 8, (32, 32), *DENSENET86[0][4:])]
+    layers.append(("bfloat16", [8], 4, 88, 8, (32, 32), *DENSENET86[0][4:]))
+    first, second, third = compiled(tmp_path, 90, "Triton", *layers)
+    assert [name for name, _ in first] == ["_forward", "_backward_input", "_backward_weight", "_sum_parts"]
+    assert second == third
+
+
+@pytest.mark.parametrize("backend, launches", [("Triton", 3), ("TritonSkipping", 4)])
+def test_compiles_for_small_and_odd_layers(tmp_path, backend, launches):
+    """Sizes of one; and products of float32 are exact, unless convolutions may use TF32."""
+    odd = [
+        ("float32", [2], 4, 128, 32, (14, 14), (3, 3), (2, 2), (1, 1), False, True),
+        ("float16", [1], 1, 1, 1, (1, 1), (1, 1), (1, 1), (0, 0), True, False),
+        ("float32", [1], 3, 5, 1, (7, 1), (3, 1), (2, 1), (1, 0), True, False),
+        ("bfloat16", [2], 4, 256, 48, (32, 32), (1, 1), (1, 1), (0, 0), True, False),
+    ]
+    for (dtype, *_), kernels in zip(odd, compiled(tmp_path, 90, backend, *odd), strict=True):
+        assert len({name for name, _ in kernels}) >= launches
+        for name, found in kernels:
+            if name in PRODUCTS:
+                assert bool(found["products"]) == (dtype != "float32"), (dtype, name)

@@ -68,5 +68,5 @@ class Backend(ABC):
         weight: Tensor,
         norm: Norm | None = None,
     ) -> Gradients:
-        """The gradients of the arguments of `forward` from that of its result. Those of gates that are zero may be
-        anything."""
+        """The gradients of the arguments of `forward` from that of its result. Those of gates that are zero are zero if
+        the backend `fuses_norm`, and may be anything if not."""

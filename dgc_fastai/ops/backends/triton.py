@@ -1,4 +1,4 @@
-"""`gated_conv2d` by Triton kernels, which are imported when first used; see triton_kernels.py."""
+"""`gated_conv2d` by the kernels of triton_kernels.py and triton_skipping.py, which are imported when first used."""
 
 import functools
 import importlib.util
@@ -11,6 +11,8 @@ from .base import Backend, Gradients, Norm
 
 
 class Triton(Backend):
+    """All channels, on tensor cores, with the gates on the filters."""
+
     name = "triton"
     fuses_norm = True
 
@@ -20,8 +22,7 @@ class Triton(Backend):
     def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         from . import triton_kernels
 
-        scale, shift = norm or (None, None)
-        return triton_kernels.forward(x, gates, weight, scale, shift, desc.stride, desc.padding, desc.dilation)
+        return triton_kernels.forward(desc, x, gates, weight, norm)
 
     def backward(
         self,
@@ -34,9 +35,34 @@ class Triton(Backend):
     ) -> Gradients:
         from . import triton_kernels
 
+        return triton_kernels.backward(desc, grad, x, gates, weight, norm)
+
+
+class TritonSkipping(Triton):
+    """The kept channels only. Which of both is faster depends on how many these are; nothing selects it by itself."""
+
+    name = "triton_skipping"
+
+    def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
+        from . import triton_skipping
+
+        scale, shift = norm or (None, None)
+        return triton_skipping.forward(x, gates, weight, scale, shift, desc.stride, desc.padding, desc.dilation)
+
+    def backward(
+        self,
+        desc: ConvDesc,
+        grad: Tensor,
+        x: Tensor,
+        gates: Tensor,
+        weight: Tensor,
+        norm: Norm | None = None,
+    ) -> Gradients:
+        from . import triton_skipping
+
         scale, shift = norm or (None, None)
         geometry = desc.stride, desc.padding, desc.dilation
-        return Gradients(*triton_kernels.backward(grad, x, gates, weight, scale, shift, *geometry))
+        return Gradients(*triton_skipping.backward(grad, x, gates, weight, scale, shift, *geometry))
 
 
 @functools.cache
