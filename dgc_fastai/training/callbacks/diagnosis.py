@@ -53,7 +53,7 @@ class Diagnosis(Callback):
     def after_train(self):
         layers = [(name, one) for name, one in get_model(self.model).named_modules() if _was_trained(one)]
         if layers:
-            sums = torch.stack([layer.penalty.detach() for _, layer in layers])
+            sums = torch.stack([layer.penalty.detach().sum() for _, layer in layers])
             self.findings.closed = [name for (name, _), total in zip(layers, sums.tolist()) if total == 0]
 
     def after_epoch(self):
