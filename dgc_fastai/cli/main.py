@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from cyclopts import CycloptsError, Parameter
 
 from ..utils import launch
-from ..utils.errors import Interrupted, LostProcess, UserError
+from ..utils.errors import Interrupted, LostProcess, UserError, out_of_memory
 from ..utils.invocation import program
 from . import measure, start, train, use  # noqa: F401  (they add their commands)
 from .app import OPTIONS, app, errors, set_quiet
@@ -54,6 +54,11 @@ def main() -> int:
         code, message = 2, str(error)
     except LostProcess as error:
         code, message = 1, str(error)
+    except (MemoryError, RuntimeError) as error:
+        full = out_of_memory(error)
+        if full is None:
+            raise
+        code, message = 1, full
     except BrokenPipeError:  # the reader of the output has gone
         return 1
     except OSError as error:  # from the output stream, or from what other packages write

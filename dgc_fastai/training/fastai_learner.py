@@ -1,6 +1,7 @@
 """fastai's `vision_learner` for DGC networks."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -67,9 +68,16 @@ def dgc_learner(
     cfg = getattr(model, "default_cfg", None) or {}
     has_one = bool(dls.after_batch.fs.filter(risinstance(Normalize)))
     if normalize and not has_one and len(cfg.get("mean", ())) == n_in:
-        dls.add_tfms([Normalize.from_stats(cfg["mean"], cfg["std"])], "after_batch")
+        dls.add_tfms([_normalization(cfg["mean"], cfg["std"], dls.device)], "after_batch")
     kwargs.setdefault("splitter", _body_and_classifier)
     return Learner(dls, model, cbs=[AnnealGates(lasso_weight, anneal), *L(cbs)], **kwargs)
+
+
+def _normalization(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Normalize:
+    """fastai's `Normalize` on the device of the data; by itself, it is on the first GPU if there is one."""
+    normalize = Normalize.from_stats(mean, std, cuda=False)
+    normalize.mean, normalize.std = normalize.mean.to(device), normalize.std.to(device)
+    return normalize
 
 
 def _as_dense(arch: str) -> dict[str, bool]:

@@ -74,7 +74,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(own["numpy"]))
     torch.set_rng_state(own["torch"])
-    if own["cuda"] is not None and torch.cuda.is_available():
+    if own["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(own["cuda"])
 
 
@@ -85,7 +85,8 @@ def _random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        # Not in a run on the CPU, which would begin to use a GPU.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 

@@ -1,5 +1,7 @@
 """Errors that the command line reports in one line: what is wrong, where, and what to do."""
 
+import re
+
 __all__ = [
     "CheckpointError",
     "Interrupted",
@@ -8,7 +10,25 @@ __all__ = [
     "TrainingError",
     "UserError",
     "WriteError",
+    "out_of_memory",
 ]
+
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.I)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """One line about an error of PyTorch or Python that means that memory is full; None for any other error."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(text):
+        return None
+    amount = re.search(r"tried to allocate ([\d.]+) ([KMG]iB|bytes)", text, re.I)
+    size = f" ({amount[1]} {amount[2]} more were asked for)" if amount else ""
+    where = "on the GPU" if re.search(r"CUDA|HIP|MPS", text) else "in main memory"
+    return (
+        f"out of memory {where}{size}; lower data.batch_size, with train.accumulate for the same optimizer step, set "
+        "train.precision=bf16 or model.memory_efficient=true, or free what other programs hold"
+    )
 
 
 class UserError(ValueError):

@@ -105,6 +105,15 @@ def test_dgc_learner_builds_the_paper_s_network(dls, tmp_path):
     assert equal_states(again.model.state_dict(), learn.model.state_dict())
 
 
+def test_dgc_learner_normalizes_where_the_data_are(dls, monkeypatch):
+    # A GPU is there, and the data are on the CPU all the same.
+    monkeypatch.setattr("fastai.torch_core.default_device", lambda *_: torch.device("meta"))
+    learn = dgc_learner(dls, "dgc_densenet22")
+    (norm,) = learn.dls.after_batch.fs.filter(lambda f: isinstance(f, Normalize))
+    assert norm.mean.device == norm.std.device == dls.device
+    assert learn.dls.one_batch()[0].mean().abs() < 3
+
+
 def test_dgc_learner_refuses_what_it_cannot_use(dls):
     with pytest.raises(TypeError, match="growht"):
         dgc_learner(dls, "dgc_densenet22", growht=8)

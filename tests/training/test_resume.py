@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
 from dgc_fastai import load_recipe
+from dgc_fastai.training import state_file
 from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.training.run_folder import as_begun, find_resumable_run, interrupted_run
 from dgc_fastai.training.state_file import read_state
@@ -247,3 +248,15 @@ def test_a_run_keeps_the_precision_that_it_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     with pytest.raises(RecipeError, match="train.precision: bf16, but Some GPU has no bf16 units"):
         TrainingRun(goes_on)
+
+
+def test_a_run_on_the_cpu_leaves_a_gpu_alone(monkeypatch):
+    def begin(*_):
+        raise AssertionError("a GPU was used")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", begin)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", begin)
+    state = state_file._random_state()
+    assert state["cuda"] is None
+    state_file.restore_random_state({"random": [{**state, "cuda": torch.zeros(16, dtype=torch.uint8)}]})

@@ -34,9 +34,16 @@ class NonFiniteLoss(Callback):
     def before_fit(self):
         self.in_a_row, self.problem, self.images = 0, None, []
 
+    def before_train(self):
+        buffers = list(self.model.buffers()) if self.skip else []
+        # By type, so that a GPU copies all of one type at once.
+        same_type = [[one for one in buffers if one.dtype is kind] for kind in {one.dtype for one in buffers}]
+        self.saved_buffers = [(group, [torch.empty_like(one) for one in group]) for group in same_type]
+
     def before_batch(self):
-        if self.training and self.skip:
-            self.saved_buffers = [(one, one.clone()) for one in self.model.buffers()]
+        if self.training:
+            for buffers, saved in self.saved_buffers:
+                torch._foreach_copy_(saved, buffers)
 
     def after_loss(self):
         if not (self.training and self.skip):
@@ -50,8 +57,8 @@ class NonFiniteLoss(Callback):
         if launch.is_main_process():
             logging.getLogger(__name__).warning("skipped a batch: %s", problem)
         with torch.no_grad():
-            for one, saved in self.saved_buffers:
-                one.copy_(saved)
+            for buffers, saved in self.saved_buffers:
+                torch._foreach_copy_(buffers, saved)
         self.learn.yb = ()  # so that Recorder ignores the batch
         raise CancelBatchException
 

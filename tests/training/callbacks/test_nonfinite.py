@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from fastai.callback.core import Callback
 
 from dgc_fastai import build_learner, load_recipe
@@ -74,6 +75,23 @@ def test_a_batch_without_a_finite_loss_can_be_left_out(caplog):
     with pytest.raises(TrainingError, match="as in the 9 batches before"):
         always = NonFinite({(epoch, batch) for epoch in range(3) for batch in range(4)} - {(0, 0)})
         trained("train.epochs=3", "train.nonfinite=skip", callbacks=[always])
+
+
+def test_buffers_are_kept_in_memory_that_is_allocated_once(monkeypatch):
+    calls, copy = [], torch._foreach_copy_
+
+    def counted(to, source, *rest):
+        calls.append([one.data_ptr() for one in to])
+        assert len({one.dtype for one in to}) == 1  # otherwise PyTorch copies one by one
+        return copy(to, source, *rest)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", counted)
+    trained("train.nonfinite=skip")
+    steps, types = 4, 2
+    assert len(calls) == steps * types and len({tuple(pointers) for pointers in calls}) == types
+    calls.clear()
+    trained()
+    assert not calls
 
 
 def test_weights_that_are_inf_are_not_kept():
