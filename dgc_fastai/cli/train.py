@@ -107,7 +107,8 @@ def sweep(
         text = f"Going on with {plan.folder}." if plan.is_resumed else "No such sweep was begun: starting one."
         console.print(text, soft_wrap=True, highlight=False, markup=False)
     if jobs > 1:
-        console.print(f"{len(plan.runs)} runs, {jobs} at a time, into {plan.folder}", soft_wrap=True, highlight=False)
+        text = f"{len(plan.runs)} runs, {jobs} at a time, into {plan.folder}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
     show_comparison(results, plan.train(console, jobs))
     show_groups(results, plan.rows())
     text = f"The runs, sweep.csv and sweep.png are in {plan.folder}."

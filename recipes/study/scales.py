@@ -20,6 +20,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from dgc_fastai import build_learner, load_recipe, set_progress
 from dgc_fastai.layers.gate_schedule import dgc_layers
@@ -149,6 +150,7 @@ def draw(rows):
             ),
         ):
             ax.set_yscale("log")
+            ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set_title(f"{network}\n{title}", fontsize="small")
             ax.grid(alpha=0.3)
             ax.set_ylim(*np.clip(ax.get_ylim(), 1e-3, 1e8))
