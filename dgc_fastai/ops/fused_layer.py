@@ -70,7 +70,7 @@ def fused_layer(
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """Gates from the pooled features, selection and convolution; see `gates` and `reference`. Autograd keeps x and
-    nothing as large. Under autocast x and weight are cast, and everything else is float32.
+    nothing as large. Under autocast x is cast. The weight follows x; everything else is float32.
 
     Args:
         x: [B, C, H, W].
@@ -85,12 +85,13 @@ def fused_layer(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
     about = None
     if norm is not None:
         tracked = norm.num_batches_tracked if norm.training else None
         running = norm.running_mean, norm.running_var
         about = _kernels().Norm(norm.weight, norm.bias, *running, tracked, norm.momentum, norm.eps, norm.training)
+    weight = weight.contiguous(memory_format=memory_format(weight))
     weights = squeeze, excite, bias, *(about or (None, None))[:2]
     return _FusedLayer.apply(x, weight, *weights, about, inactive, geometry)
 
@@ -101,11 +102,11 @@ class _FusedLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, squeeze, excite, bias, norm_weight, norm_bias, norm, inactive, geometry):
         kernels = _kernels()
-        x = x.contiguous(memory_format=memory_format(x))
+        x, filters = x.contiguous(memory_format=memory_format(x)), weight.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             selected = kernels.select(x, kernels.Gates(squeeze, excite, bias), inactive, norm)
-            y = operator.forward(x, selected.gates, weight, _folded(norm, selected), *geometry)
-        ctx.save_for_backward(x, weight, squeeze, excite, bias, *selected)
+            y = operator.forward(x, selected.gates, filters, _folded(norm, selected), *geometry)
+        ctx.save_for_backward(x, weight, filters, squeeze, excite, bias, *selected)
         ctx.norm, ctx.geometry = norm, geometry
         ctx.set_materialize_grads(False)
         return y, selected.penalty
@@ -114,15 +115,15 @@ class _FusedLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy, dpenalty):
         kernels = _kernels()
-        x, weight, squeeze, excite, bias, *selected = ctx.saved_tensors
+        x, weight, filters, squeeze, excite, bias, *selected = ctx.saved_tensors
         selected, weights = kernels.Selected(*selected), kernels.Gates(squeeze, excite, bias)
         if dy is None:  # nobody uses the output
             shape = conv_desc(x.shape, weight.shape, len(squeeze), *ctx.geometry).output_shape
             dy = x.new_zeros(shape)
         norm = _folded(ctx.norm, selected)
-        dx, dgates, dweight, *of_norm = operator.backward(dy, x, selected.gates, weight, norm, *ctx.geometry)
-        upstream = kernels.Upstream(dx, dgates, *(of_norm if norm else (None, None)), dpenalty)
-        dx, dgates, dnorm = kernels.backward(x, weights, ctx.norm, selected, upstream)
+        dx, dgates, dweight, *of_norm = operator.backward(dy, x, selected.gates, filters, norm, *ctx.geometry)
+        upstream = kernels.Upstream(dx, dweight, dgates, *(of_norm if norm else (None, None)), dpenalty)
+        dx, dweight, dgates, dnorm = kernels.backward(x, weight, weights, ctx.norm, selected, upstream)
         return dx, dweight, *dgates, *(dnorm or (None, None)), None, None, None
 
 

@@ -80,7 +80,7 @@ def backward(
     padding: Pair,
     dilation: Pair,
 ) -> Gradients:
-    """Its gradients, those of gates that are zero anything."""
+    """Its gradients, those of gates that are zero anything, and parts of sums as `Gradients` says."""
     desc = conv_desc(x.shape, weight.shape, gates.shape[1], stride, padding, dilation)
     backend = select_backend(desc, x, gates, weight, norm is not None)
     if backend.fuses_norm:
@@ -109,7 +109,7 @@ def _forward(x, gates, weight, scale, shift, *geometry):
 @torch.library.impl(LIBRARY, "gated_conv2d_backward", "CompositeExplicitAutograd")
 def _backward(grad, x, gates, weight, scale, shift, *geometry):
     gradients = backward(grad, x, gates, weight, None if scale is None else Norm(scale, shift), *geometry)
-    dx, dgates, *rest = (gates.new_empty(0) if part is None else part for part in gradients)
+    dx, dgates, *rest = (gates.new_empty(0) if part is None else part for part in gradients.summed(weight))
     return dx, dgates.masked_fill_(gates == 0, 0), *rest  # of dropped channels; see the definition
 
 

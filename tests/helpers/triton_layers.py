@@ -55,7 +55,8 @@ class Kernels:
 
     def backward(self, grad, x, gates, weight, scale, shift, *geometry):
         desc = conv_desc(x.shape, weight.shape, gates.shape[1], *geometry)
-        return self.backend.backward(desc, grad, x, gates, weight, None if scale is None else Norm(scale, shift))
+        norm = None if scale is None else Norm(scale, shift)
+        return self.backend.backward(desc, grad, x, gates, weight, norm).summed(weight)
 
     def results(self, inputs, geometry, reshape=lambda grad: grad):
         """The output's gradient, and the kernels' output and gradients."""

@@ -19,7 +19,7 @@ from triton.runtime import interpreter  # noqa: E402
 from dgc_fastai import DynamicGroupConv2d, gate_penalty  # noqa: E402
 from dgc_fastai.layers.dynamic_group_conv import HeadGates  # noqa: E402
 from dgc_fastai.ops import fused_layer, reference, use_backend  # noqa: E402
-from dgc_fastai.ops.backends import triton_layer  # noqa: E402
+from dgc_fastai.ops.backends import per_sample, triton_layer  # noqa: E402
 from dgc_fastai.ops.backends.base import Gradients  # noqa: E402
 from dgc_fastai.ops.backends.scaled_inputs import ScaledInputs  # noqa: E402
 from dgc_fastai.ops.gates import drop_smallest, head_gates, pool  # noqa: E402
@@ -45,6 +45,9 @@ class Fused(Unfused):
 
     fuses_norm = True
 
+    def __init__(self, in_parts=True):
+        self.in_parts = in_parts
+
     def forward(self, desc, x, gates, weight, norm=None):
         return super().forward(desc, x if norm is None else reference.apply_norm(x, *norm), gates, weight)
 
@@ -54,12 +57,27 @@ class Fused(Unfused):
         u = reference.apply_norm(x, *norm)
         du, dgates, dweight, _, _ = super().backward(desc, grad, u, gates, weight)
         du = du.float() * (u > 0)
-        scale, shift = (du * x).sum((2, 3)), du.sum((2, 3))  # by sample: to be summed by the kernels
-        return Gradients((du * norm.scale.view(-1, 1, 1)).to(x.dtype), dgates, dweight, scale, shift)
+        scale, shift = (du * x).sum((2, 3)), du.sum((2, 3))
+        dx = (du * norm.scale.view(-1, 1, 1)).to(x.dtype)
+        if not self.in_parts:
+            return Gradients(dx, dgates, dweight, scale.sum(0), shift.sum(0))
+        # Sums are left to the kernels: scale and shift by sample, side by side as the Triton kernels have them.
+        norm = torch.stack([scale, shift], 1)
+        flat = dweight.contiguous(memory_format=per_sample.memory_format(weight)).as_strided((weight.numel(),), (1,))
+        return Gradients(dx, halves(dgates), halves(flat.float()), *norm.unbind(1))
+
+
+def halves(total):
+    """Two parts with this sum."""
+    return torch.stack([0.25 * total, 0.75 * total])
 
 
 FUSED = Fused()
-BACKENDS = pytest.mark.parametrize("backend", [FUSED, Unfused()], ids=["norm fused", "norm by PyTorch"])
+BACKENDS = pytest.mark.parametrize(
+    "backend",
+    [FUSED, Fused(in_parts=False), Unfused()],
+    ids=["norm fused, sums in parts", "norm fused", "norm by PyTorch"],
+)
 
 
 def make_layer(channels=19, out=6, kernel=1, heads=3, squeeze_rate=4, inactive=7, **keywords):
@@ -138,6 +156,16 @@ def test_a_recomputed_batch_does_not_count_twice():
     layer = make_layer()
     layer.norm.momentum, layer.norm.num_batches_tracked = 0.0, None  # as `DGCDenseNet` has it meanwhile
     check(layer, make_input())
+
+
+def test_filters_in_any_layout():
+    layer = make_layer(channels=16, out=8, heads=4, kernel=3, padding=1)
+    for weight in (
+        layer.weight.contiguous(memory_format=torch.channels_last),
+        layer.weight.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        layer.weight = nn.Parameter(weight.detach())
+        check(layer, make_input(channels=16, last=True))
 
 
 def test_many_tiles_groups_and_blocks(monkeypatch):

@@ -74,9 +74,11 @@ def compile(batch, channels, size, dtype=torch.bfloat16, heads=4, rate=16, last=
     weights = layer.Gates(*map(torch.zeros, shapes))
     batch_norm = layer.Norm(*torch.zeros(4, channels), torch.tensor(0), 0.1, 1e-5, True) if norm else None
     selected = layer.select(x, weights, torch.tensor(0), batch_norm)
-    partial = torch.zeros(3, batch, channels) if norm else None
-    upstream = layer.Upstream(x, selected.gates, partial, partial, selected.penalty)
-    layer.backward(x, weights, batch_norm, selected, upstream)
+    partial = torch.zeros(3, channels) if norm else None
+    filters = torch.zeros(64, channels, 3, 3)
+    in_parts = torch.zeros(3, filters.numel())
+    upstream = layer.Upstream(x, in_parts, selected.gates, partial, partial, selected.penalty)
+    layer.backward(x, filters, weights, batch_norm, selected, upstream)
     names = [kernel.metadata.name for kernel in kernels]
     assert names == ["_statistics"] * norm + ["_select", "_select_backward", "_finish_backward"], names
     for kernel in kernels:

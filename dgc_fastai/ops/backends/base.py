@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..conv_desc import ConvDesc
+from .per_sample import memory_format
 
 __all__ = ["Backend", "Gradients", "Norm"]
 
@@ -18,13 +19,29 @@ class Norm(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the arguments of the same names; those of scale and shift with a norm only."""
+    """Of the arguments of the same names; those of scale and shift with a norm only.
+
+    A backend that `fuses_norm` can leave sums over a first dimension to whoever uses them: those of gates, scale, shift,
+    and of the weight, then in float32 [parts, O * C * kh * kw], in the order in which the weight lies in memory,
+    contiguous or channels-last.
+    """
 
     x: Tensor
     gates: Tensor
     weight: Tensor
     scale: Tensor | None = None
     shift: Tensor | None = None
+
+    def summed(self, weight: Tensor) -> "Gradients":
+        """The same with no sums left to do, and the weight's as the weight."""
+        dgates, dweight = self.gates, self.weight
+        if dgates.dim() == 4:
+            dgates = dgates.sum(0)
+        if dweight.dim() == 2:
+            weight = weight.contiguous(memory_format=memory_format(weight))
+            dweight = dweight.sum(0).as_strided(weight.shape, weight.stride()).to(weight.dtype)
+        norm = (part if part is None or part.dim() == 1 else part.sum(0) for part in (self.scale, self.shift))
+        return Gradients(self.x, dgates, dweight, *norm)
 
 
 class Backend(ABC):

@@ -572,7 +572,8 @@ def forward(desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm
 
 
 def backward(desc: ConvDesc, grad: Tensor, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None) -> Gradients:
-    """Gradients from grad [B, O, H', W'], which may have any strides; that of the weight is laid out as the weight.
+    """Gradients from grad [B, O, H', W'], which may have any strides; all but that of x are parts of sums, see
+    `Gradients`.
 
     A gate of zero has no gradient, and its channel adds nothing to the others for that sample and head.
     """
@@ -582,11 +583,12 @@ def backward(desc: ConvDesc, grad: Tensor, x: Tensor, gates: Tensor, weight: Ten
         shared = _arguments(desc, x, gates, weight)
         dx, dgates, dnorm = _input_gradients(desc, grad, x, gates, weight, norm, shared)
         dweight = _weight_gradient(desc, grad, x, gates, weight, norm, shared)
-    return Gradients(dx, dgates, dweight, *((None, None) if dnorm is None else (dnorm[0], dnorm[1])))
+    return Gradients(dx, dgates, dweight, *((None, None) if dnorm is None else dnorm.unbind(1)))
 
 
 def _input_gradients(desc, grad, x, gates, weight, norm, shared) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of x, of the gates, and [2, C] of scale and shift."""
+    """Of x, and to be summed over the first dimension [parts, B, heads, C] of the gates and [parts, 2, C] of scale and
+    shift."""
     exact = x.dtype == torch.float32
     step = tuple(s if gcd(s, d) == 1 else 1 for s, d in zip(desc.stride, desc.dilation))
     area = triton.cdiv(desc.in_size[0], step[0]) * triton.cdiv(desc.in_size[1], step[1])
@@ -621,18 +623,18 @@ def _input_gradients(desc, grad, x, gates, weight, norm, shared) -> tuple[Tensor
             BLOCK_F=_block(desc.filters, 16 if exact else 32),
             num_warps=warps,
         )
-    return dx, dgates[0] if spans == 1 else dgates.sum(0), None if dnorm is None else dnorm.sum(0)
+    return dx, dgates, dnorm
 
 
 def _weight_gradient(desc, grad, x, gates, weight, norm, shared) -> Tensor:
+    """In parts, as `Gradients` says."""
     outputs, pixels, taps = desc.heads * desc.filters, grad.shape[2] * grad.shape[3], weight[0, 0].numel()
     block_o, block_c = _block(outputs, 64), _block(desc.channels, 64)
     block_p = _block(pixels, 32 if x.dtype == torch.float32 else 64)
     programs = triton.cdiv(outputs, block_o) * triton.cdiv(desc.channels, block_c) * taps
     share = triton.cdiv(max(desc.batch, 1), min(max(desc.batch, 1), triton.cdiv(PROGRAMS, programs)))
     parts = triton.cdiv(max(desc.batch, 1), share)
-    dweight = torch.empty_like(weight)
-    partial = dweight if parts == 1 else gates.new_empty(parts, weight.numel())
+    partial = gates.new_empty(parts, weight.numel())
     _backward_weight[(parts * programs,)](
         grad,
         x,
@@ -650,6 +652,4 @@ def _weight_gradient(desc, grad, x, gates, weight, norm, shared) -> Tensor:
         BLOCK_C=block_c,
         num_warps=8 if x.dtype == torch.float32 else 4,
     )
-    if parts > 1:
-        _sum_parts[(triton.cdiv(weight.numel(), 512),)](partial, dweight, parts, weight.numel(), BLOCK=512)
-    return dweight
+    return partial

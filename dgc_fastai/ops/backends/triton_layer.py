@@ -39,7 +39,7 @@ TILE = 4096  # values that a program reads at a time
 
 
 @triton.jit
-def _tile(channel, pixel, channels, pixels, LAST: tl.constexpr):
+def tile(channel, pixel, channels, pixels, LAST: tl.constexpr):
     """Offsets of a tile [channels, pixels] within one image, and which of it exists."""
     exists = (channel < channels)[:, None] & (pixel < pixels)[None, :]
     if LAST:
@@ -48,7 +48,7 @@ def _tile(channel, pixel, channels, pixels, LAST: tl.constexpr):
 
 
 @triton.jit
-def _multiple(size, VECTOR: tl.constexpr):
+def multiple(size, VECTOR: tl.constexpr):
     """The same number, in a form that shows the compiler its divisor."""
     return size // VECTOR * VECTOR
 
@@ -71,9 +71,9 @@ def _statistics(
     Differences from the first pixel are summed, so that a mean far from zero takes no digits from the variance.
     """
     if LAST:
-        channels = _multiple(channels, VECTOR)
+        channels = multiple(channels, VECTOR)
     else:
-        pixels = _multiple(pixels, VECTOR)
+        pixels = multiple(pixels, VECTOR)
     group = tl.program_id(1)
     first, last = group * share, tl.minimum(group * share + share, batch)
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -83,7 +83,7 @@ def _statistics(
     squares = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for _ in range(first, last):
         for start in range(0, pixels, BLOCK_P):
-            offset, exists = _tile(channel, start + tl.arange(0, BLOCK_P), channels, pixels, LAST)
+            offset, exists = tile(channel, start + tl.arange(0, BLOCK_P), channels, pixels, LAST)
             difference = tl.load(x + offset, exists, 0.0).to(tl.float32) - origin[:, None]
             difference = tl.where(exists, difference, 0.0)
             sums += difference
@@ -204,9 +204,9 @@ def _select(
     of active pixels, sum of x over these), hidden [batch, heads, units], gates [batch, heads, channels] and penalty
     [batch, heads]. All programs compute the same scale and shift; that of the first image writes them."""
     if LAST:
-        channels = _multiple(channels, VECTOR)
+        channels = multiple(channels, VECTOR)
     else:
-        pixels = _multiple(pixels, VECTOR)
+        pixels = multiple(pixels, VECTOR)
     image = tl.program_id(0)
     x += tl.cast(image, tl.int64) * channels * pixels
     for begin in range(0, channels, BLOCK_C):
@@ -232,7 +232,7 @@ def _select(
         active = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
         total = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
         for start in range(0, pixels, BLOCK_P):
-            offset, exists = _tile(channel, start + tl.arange(0, BLOCK_P), channels, pixels, LAST)
+            offset, exists = tile(channel, start + tl.arange(0, BLOCK_P), channels, pixels, LAST)
             value = tl.load(x + offset, exists, 0.0).to(tl.float32)
             if norm_weight is not None:
                 u = value * scale[:, None] + shift[:, None]
@@ -306,13 +306,14 @@ def _select_backward(
     share,
     tiles,
     norm_rows,
+    norm_step,
     BLOCK: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
     """For `share` images and one head, from the convolution's dgates [tiles, batch, heads, channels], dscale and dshift
-    [norm_rows, channels] and from dpenalty [batch, heads]: dexcited [batch, heads, channels], dhidden [batch,
-    heads, units], dpooled [batch, heads, channels], of which the sum over heads is meant, and dnorm [2, groups, heads,
-    channels], whose sums over groups and heads are the gradients of scale and shift."""
+    [norm_rows, channels], norm_step apart, and from dpenalty [batch, heads]: dexcited [batch, heads, channels], dhidden
+    [batch, heads, units], dpooled [batch, heads, channels], of which the sum over heads is meant, and dnorm [2, groups,
+    heads, channels], whose sums over groups and heads are the gradients of scale and shift."""
     group, head = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, BLOCK)
     exists = place < channels
@@ -323,8 +324,8 @@ def _select_backward(
     for image in range(group * share, tl.minimum(group * share + share, batch)):
         row = image * heads + head
         dgate = tl.zeros([BLOCK], tl.float32)
-        for tile in range(0, tiles):
-            part = (tl.cast(tile, tl.int64) * batch * heads + row) * channels
+        for part_of in range(0, tiles):
+            part = (tl.cast(part_of, tl.int64) * batch * heads + row) * channels
             dgate += tl.load(dgates + part + place, exists, 0.0)
         # A dropped gate has no gradient from the convolution, whatever that says, but has one from the penalty.
         dgate = tl.where(tl.load(gates + row * channels + place, exists, 0.0) != 0, dgate, 0.0)
@@ -350,7 +351,7 @@ def _select_backward(
             all_dscale += dpool / pixels * tl.load(at + 2 * batch * channels, exists, 0.0)
             if head == 0:
                 for norm_row in range(image, norm_rows, batch):  # the rows are dealt out among the images
-                    part = tl.cast(norm_row, tl.int64) * channels + place
+                    part = tl.cast(norm_row, tl.int64) * norm_step + place
                     all_dscale += tl.load(dscale + part, exists, 0.0)
                     all_dshift += tl.load(dshift + part, exists, 0.0)
     if dnorm is not None:
@@ -433,7 +434,17 @@ def _norm_backward(
     return tl.zeros_like(mean), tl.zeros_like(mean), mean
 
 
-@triton.jit(do_not_specialize=["batch", "share", "parts"])
+@triton.jit
+def _sum_parts(program, partial, result, parts, size, BLOCK: tl.constexpr):
+    """result [size] of partial [parts, size]."""
+    place = program * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(0, parts):
+        total += tl.load(partial + tl.cast(part, tl.int64) * size + place, place < size, 0.0)
+    tl.store(result + place, total.to(result.dtype.element_ty), place < size)
+
+
+@triton.jit(do_not_specialize=["batch", "share", "parts", "filter_parts", "filter_programs"])
 def _finish_backward(
     x,
     dx_conv,
@@ -451,6 +462,8 @@ def _finish_backward(
     dsqueeze,
     dexcite,
     dbias,
+    filter_sums,
+    dfilters,
     batch,
     channels,
     pixels,
@@ -459,6 +472,9 @@ def _finish_backward(
     share,
     parts,
     weight_programs,
+    filter_parts,
+    filter_size,
+    filter_programs,
     TRAINING: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -468,9 +484,10 @@ def _finish_backward(
     BLOCK_U: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):
-    """Two jobs that wait for the same kernel share a launch: the first programs compute the gradients of the gates'
-    weights, the others dx, each for some channels of `share` images."""
+    """Three jobs share a launch: the first programs compute the gradients of the gates' weights, the next ones add up
+    those of the filters, and the last ones compute dx, each for some channels of `share` images."""
     program = tl.program_id(0)
     if program < weight_programs:
         _weights_backward(
@@ -490,12 +507,15 @@ def _finish_backward(
             BLOCK_U,
             BLOCK_B,
         )
+    elif program < weight_programs + filter_programs:
+        if dfilters is not None:
+            _sum_parts(program - weight_programs, filter_sums, dfilters, filter_parts, filter_size, BLOCK_F)
     else:
         if LAST:
-            channels = _multiple(channels, VECTOR)
+            channels = multiple(channels, VECTOR)
         else:
-            pixels = _multiple(pixels, VECTOR)
-        program -= weight_programs
+            pixels = multiple(pixels, VECTOR)
+        program -= weight_programs + filter_programs
         ranges = tl.cdiv(channels, BLOCK_C)
         channel = program % ranges * BLOCK_C + tl.arange(0, BLOCK_C)
         mask = channel < channels
@@ -525,7 +545,7 @@ def _finish_backward(
             dpool = dpool / pixels
             base = tl.cast(image, tl.int64) * channels * pixels
             for start in range(0, pixels, BLOCK_P):
-                offset, exists = _tile(channel, start + tl.arange(0, BLOCK_P), channels, pixels, LAST)
+                offset, exists = tile(channel, start + tl.arange(0, BLOCK_P), channels, pixels, LAST)
                 value = tl.load(dx_conv + base + offset, exists, 0.0).to(tl.float32)
                 if norm_weight is not None:
                     source = tl.load(x + base + offset, exists, 0.0).to(tl.float32)
@@ -575,7 +595,7 @@ class Selected(NamedTuple):
     """[B, heads, hidden]"""
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """x as the kernels read it, and the sizes of their tiles."""
 
     last: bool
@@ -584,15 +604,15 @@ class _Layout(NamedTuple):
     block_p: int
 
     @classmethod
-    def of(cls, x: Tensor, most_channels: int, tile: int = TILE) -> "_Layout":
+    def of(cls, x: Tensor, most_channels: int, values: int = TILE) -> "Layout":
         channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
         last = is_channels_last(x)
         wide = channels if last else pixels
         if last:
             block_c = min(triton.next_power_of_2(channels), most_channels)
-            return cls(last, min(wide & -wide, 16), block_c, min(triton.next_power_of_2(pixels), tile // block_c))
+            return cls(last, min(wide & -wide, 16), block_c, min(triton.next_power_of_2(pixels), values // block_c))
         block_p = min(triton.next_power_of_2(pixels), 1024)
-        return cls(last, min(wide & -wide, 16), min(triton.next_power_of_2(channels), tile // block_p), block_p)
+        return cls(last, min(wide & -wide, 16), min(triton.next_power_of_2(channels), values // block_p), block_p)
 
     @property
     def constants(self) -> dict:
@@ -636,7 +656,7 @@ def select(x: Tensor, weights: Gates, inactive: Tensor, norm: Norm | None) -> Se
     with torch.cuda.device_of(x):
         partial = None
         if norm is not None and norm.training:
-            partial, layout = empty(2, groups, channels, **about), _Layout.of(x, 16)
+            partial, layout = empty(2, groups, channels, **about), Layout.of(x, 16)
             _statistics[(triton.cdiv(channels, layout.block_c), groups)](
                 x, partial, batch, channels, pixels, share, **layout.constants, num_warps=4
             )
@@ -661,7 +681,7 @@ def select(x: Tensor, weights: Gates, inactive: Tensor, norm: Norm | None) -> Se
             units,
             share,
             groups,
-            **_Layout.of(x, 64, TILE // 2).constants,
+            **Layout.of(x, 64, TILE // 2).constants,
             BLOCK_G=triton.next_power_of_2(groups),
             **_row_blocks(channels, units),
             num_warps=8,
@@ -670,28 +690,47 @@ def select(x: Tensor, weights: Gates, inactive: Tensor, norm: Norm | None) -> Se
 
 
 class Upstream(NamedTuple):
-    """What reaches a layer's gates and input from behind them. Sums over dimensions
-    in front of those named are left to the kernels."""
+    """What reaches a layer's gates and input from behind them. Sums over a first
+    dimension of dgates, dscale and dshift are left to the kernels."""
 
     dx: Tensor
     """As x: the gradient that comes back through the convolution alone."""
+    dfilters: Tensor
+    """Of the filters, as they are or in parts; see `base.Gradients`."""
     dgates: Tensor
-    """[..., B, heads, C]; of dropped gates anything."""
+    """[parts, B, heads, C] or [B, heads, C]; of dropped gates anything."""
     dscale: Tensor | None
-    """[..., C], with a norm."""
+    """[parts, C] or [C], with a norm."""
     dshift: Tensor | None
+    """In the same layout."""
     dpenalty: Tensor | None
     """[B, heads]"""
 
 
+def _filter_gradient(found: Tensor, filters: Tensor) -> tuple[Tensor, bool]:
+    """The gradient of the filters, or memory for it, and whether it is still to be summed."""
+    if found.dim() == filters.dim():
+        return found.to(filters.dtype), False
+    if len(found) == 1 and filters.dtype == torch.float32:
+        return found[0].as_strided(filters.shape, filters.stride()), False
+    return torch.empty_like(filters), True
+
+
 def backward(
-    x: Tensor, weights: Gates, norm: Norm | None, selected: Selected, upstream: Upstream
-) -> tuple[Tensor, Gates, tuple[Tensor, Tensor] | None]:
-    """The gradients of x, of the gates' weights, and of the norm's weight and bias: two launches."""
+    x: Tensor, filters: Tensor, weights: Gates, norm: Norm | None, selected: Selected, upstream: Upstream
+) -> tuple[Tensor, Tensor, Gates, tuple[Tensor, Tensor] | None]:
+    """The gradients of x, of the filters, of the gates' weights, and of the norm's weight and bias: two launches.
+
+    Args:
+        filters: whose type and layout their gradient has.
+    """
     batch, channels, height, width = x.shape
     heads, units = weights.squeeze.shape[:2]
     pixels = height * width
-    dx_conv, dgates, dscale, dshift, dpenalty = upstream
+    dx_conv, filter_sums, dgates, dscale, dshift, dpenalty = upstream
+    dfilters, sums_filters = _filter_gradient(filter_sums, filters)
+    if dscale is not None and dshift is not None:
+        dscale, dshift = dscale.view(-1, channels), dshift.view(-1, channels)
     about: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     dexcited, dpooled = (torch.empty(batch, heads, channels, **about) for _ in range(2))
     dhidden = torch.empty(batch, heads, units, **about)
@@ -705,7 +744,8 @@ def backward(
     with torch.cuda.device_of(x):
         _select_backward[(groups, heads)](
             dgates.contiguous(),
-            *_contiguous(dscale, dshift),
+            dscale,
+            dshift,
             dpenalty,
             sums,
             hidden,
@@ -725,16 +765,18 @@ def backward(
             units,
             share,
             dgates.numel() // selected.gates.numel(),
-            0 if dscale is None else dscale.numel() // channels,
+            0 if dscale is None else len(dscale),
+            0 if dscale is None else dscale.stride(0),
             **_row_blocks(channels, units),
             num_warps=4 if channels > 128 else 1,
         )
-        layout = _Layout.of(x, 64)
+        layout = Layout.of(x, 64)
         block_w, block_u = 64, 16
         weight_programs = heads * triton.cdiv(channels, block_w) * triton.cdiv(units, block_u)
         ranges = triton.cdiv(channels, layout.block_c)
         share, parts = _shares(batch, triton.cdiv(PROGRAMS, ranges))
-        _finish_backward[(weight_programs + ranges * parts,)](
+        filter_programs = triton.cdiv(filters.numel(), TILE) if sums_filters else 0
+        _finish_backward[(weight_programs + filter_programs + ranges * parts,)](
             x,
             dx_conv,
             dx,
@@ -749,6 +791,8 @@ def backward(
             dexcited,
             dhidden,
             *dweights,
+            filter_sums if sums_filters else None,
+            dfilters if sums_filters else None,
             batch,
             channels,
             pixels,
@@ -757,12 +801,16 @@ def backward(
             share,
             groups * heads,
             weight_programs,
+            len(filter_sums),
+            filters.numel(),
+            filter_programs,
             TRAINING=bool(norm and norm.training),
             **layout.constants,
             BLOCK_W=block_w,
             BLOCK_U=block_u,
             BLOCK_B=32,
             BLOCK_E=16,
+            BLOCK_F=TILE,
             num_warps=8,
         )
-    return dx, dweights, None if norm is None else (dnorm_weight, dnorm_bias)  # type: ignore[return-value]
+    return dx, dfilters, dweights, None if norm is None else (dnorm_weight, dnorm_bias)  # type: ignore[return-value]
