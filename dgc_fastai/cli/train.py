@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from ..utils.errors import UserError
+from ..utils.errors import Interrupted, UserError
 from ..utils.invocation import program
 from .app import TRAIN, Overrides, RecipeFile, app, console, load, results
 
@@ -67,7 +67,11 @@ def train(
         console.print(f"Starts from timm's weights {run.starts_from}.", soft_wrap=True, highlight=False, markup=False)
     if found:
         console.print(found, soft_wrap=True, highlight=False, markup=False)
-    folder = run.fit(console, folder)
+    try:
+        folder = run.fit(console, folder)
+    except Interrupted:  # of all processes, which need not end at the same time
+        destroy_process_group()
+        raise
     destroy_process_group()
     show_result(results, folder)
 

@@ -6,11 +6,13 @@ returns its input, or does nothing.
 
 import logging
 import secrets
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ..utils import launch
 from ..utils.errors import LostProcess
+from .watch import Watch, watch_processes
 
 __all__ = [
     "all_gather_bytes",
@@ -33,7 +36,11 @@ __all__ = [
 
 TIMEOUT = timedelta(minutes=10)  # the main process saves, and every process compiles, while the others wait
 
+WATCHED_DEVICES = ("cuda",)  # what waits for them does not hear that another process has died; gloo says so itself
+
 _store: dist.Store | None = None
+_watch: Watch | None = None
+_advice = ""  # what to do if a process dies now
 
 
 def init_process_group(device: torch.device) -> None:
@@ -42,15 +49,27 @@ def init_process_group(device: torch.device) -> None:
     Raises:
         LostProcess: the main process has not joined within `TIMEOUT`.
     """
-    global _store
+    global _store, _watch
     if launch.world_size() == 1 or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
     _store = _fresh_store(store, rank, count)
     dist.init_process_group(backend, timeout=TIMEOUT, store=_store, rank=rank, world_size=count)
+    if device.type in WATCHED_DEVICES:
+        own = _store.clone()  # the program may be waiting in the other
+        _watch = watch_processes(_store, rank, count, TIMEOUT.total_seconds(), partial(_report_loss, own))
     if not launch.is_main_process():
         mute_repeated_warnings()
+
+
+def _report_loss(store: dist.Store) -> None:
+    if _is_first(store):
+        print(f"error: {_lost()}", file=sys.stderr)
+
+
+def _lost() -> LostProcess:
+    return LostProcess(f"another process of this run has died, or its machine has{_advice}")
 
 
 def mute_repeated_warnings() -> None:
@@ -87,7 +106,10 @@ def _fresh_store(store: dist.Store, rank: int, count: int) -> dist.Store:
 
 def destroy_process_group() -> None:
     """Leave the other processes, when all are done."""
-    global _store
+    global _store, _watch
+    if _watch is not None:
+        _watch.leave()
+        _watch = None
     if _store is not None:
         dist.destroy_process_group()
         _store = None
@@ -102,25 +124,37 @@ def is_first_to_report() -> bool:
     """Whether this process is to print the error that has stopped all: the first that asks is."""
     if _store is None:
         return launch.local_rank() == 0
+    return _is_first(_store)
+
+
+def _is_first(store: dist.Store) -> bool:
     with suppress(RuntimeError):  # the process that kept the store has ended
-        return _store.add("stopped", 1) == 1
+        return store.add("stopped", 1) == 1
     return True
 
 
 @contextmanager
-def lost_processes_named() -> Iterator[None]:
-    """Raise LostProcess for PyTorch's several errors that mean that another process has died."""
+def lost_processes_named(advice: str = "") -> Iterator[None]:
+    """Raise LostProcess for PyTorch's several errors that mean that another process has died.
+
+    Args:
+        advice: what is left of the run, and what to do, for the end of the message.
+    """
+    global _advice
+    _advice = advice and f"; {advice}"
     try:
         yield
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text:
             raise LostProcess(
-                "a process that reads images has died, possibly for lack of memory; try fewer data.workers"
+                f"a process that reads images has died, possibly for lack of memory; try fewer data.workers{_advice}"
             ) from None
         if _store is not None and (isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text):
-            raise LostProcess("another process of this run has died, or its machine has") from None
+            raise _lost() from None
         raise
+    finally:
+        _advice = ""
 
 
 def all_reduce_max(number: int) -> int:

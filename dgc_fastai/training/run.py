@@ -33,7 +33,7 @@ from ..models.pretrained import load_pretrained
 from ..ops.device import resolve, use_device
 from ..recipe.schema import Recipe
 from ..utils import launch
-from ..utils.errors import CheckpointError, Interrupted, LostProcess, TrainingError, WriteError
+from ..utils.errors import CheckpointError, Interrupted, TrainingError, WriteError
 from ..utils.files import write_atomically
 from ..utils.invocation import program
 from .callbacks.diagnosis import Diagnosis
@@ -192,14 +192,12 @@ def _callbacks(learn: Learner, callbacks: list[Callback]) -> Iterator[None]:
 def _errors_of(learn: RecipeLearner, recorder: RunRecorder) -> Iterator[None]:
     """Add to the errors of a fit what is left of the run, and how to resume it."""
     resume = _resume_command(recorder.folder)
+    next_step = "all are started again" if launch.will_restart() else f"to go on: {resume}"
     try:
-        with lost_processes_named():
+        with lost_processes_named(f"the run is saved up to its last epoch; {next_step}"):
             yield
     except TrainingError as error:
         raise TrainingError(f"{error}; {_what_is_left(recorder, learn.non_finite_loss.images)}") from None
-    except LostProcess as error:
-        next_step = "all are started again" if launch.will_restart() else f"to go on: {resume}"
-        raise LostProcess(f"{error}; the run is saved up to its last epoch; {next_step}") from None
     except WriteError as error:
         raise WriteError(f"{error}, then go on: {resume}") from None
     except OSError as error:  # from the files of loggers, or from the terminal
