@@ -55,8 +55,7 @@ backend = getattr(importlib.import_module("ops.backends.triton"), module)()
 from ops.backends.base import Norm
 from ops.conv_desc import conv_desc
 try:
-    partial = torch.zeros(2, 8)
-    importlib.import_module("ops.backends.triton_kernels")._sum_parts[(1,)](partial, partial[0], 2, 8, BLOCK=16)
+    importlib.import_module("ops.backends.triton_skipping")._lists(torch.zeros(1, 1, 32))
     assert "ptx" in kernels.pop().asm
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
@@ -120,56 +119,63 @@ def compiled(folder, capability, backend, *layers):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-RESNET18 = [
-    (4, 64, 16, (56, 56), (3, 3), (1, 1), (1, 1), True, True),
-    (4, 64, 32, (56, 56), (3, 3), (2, 2), (1, 1), True, True),
-    (4, 512, 128, (7, 7), (3, 3), (1, 1), (1, 1), True, True),
+RESNET18 = (4, 64, 16, (56, 56), (3, 3), (1, 1), (1, 1), True, True)
+RESNET18_DOWN = (4, 64, 32, (56, 56), (3, 3), (2, 2), (1, 1), True, True)
+RESNET18_LAST = (4, 512, 128, (7, 7), (3, 3), (1, 1), (1, 1), True, True)
+DENSENET86 = (4, 72, 8, (32, 32), (1, 1), (1, 1), (0, 0), True, True)
+DENSENET86_NEXT = (4, 88, 8, (32, 32), (1, 1), (1, 1), (0, 0), True, True)
+# Sizes of one; and products of float32 that are to be exact, since convolutions may not use TF32.
+ODD = [
+    ("float32", [2], 4, 128, 32, (14, 14), (3, 3), (2, 2), (1, 1), False, True),
+    ("float16", [1], 1, 1, 1, (1, 1), (1, 1), (1, 1), (0, 0), True, False),
+    ("float32", [1], 3, 5, 1, (7, 1), (3, 1), (2, 1), (1, 0), True, False),
+    ("bfloat16", [2], 4, 256, 48, (32, 32), (1, 1), (1, 1), (0, 0), True, False),
 ]
-DENSENET86 = [(4, 72, 8, (32, 32), (1, 1), (1, 1), (0, 0), True, True)]
 PRODUCTS = {"_forward", "_backward_input", "_backward_weight"}
 
 
-@pytest.mark.parametrize(
-    "capability, layers",
-    [
-        (80, [("bfloat16", 0), ("bfloat16", 2), ("bfloat16", 3), ("tf32", 0)]),
-        (90, [("bfloat16", 0), ("bfloat16", 1), ("bfloat16", 3), ("float16", 0), ("tf32", 0)]),
-    ],
-)
-def test_products_run_on_tensor_cores_from_wide_loads_and_registers(tmp_path, capability, layers):
-    layers = [(dtype, [8], *(RESNET18 + DENSENET86)[index]) for dtype, index in layers]
-    for layer, kernels in zip(layers, compiled(tmp_path, capability, "Triton", *layers), strict=True):
-        assert {name for name, _ in kernels} >= PRODUCTS, layer
-        for name, found in kernels:
-            if name in PRODUCTS:
-                assert found["products"] and found["wide loads"] >= 4 and not found["narrow loads"], (
-                    layer,
-                    name,
-                    found,
-                )
-                assert found["spilled"] <= 8, (layer, name, found)  # two registers
+def check_speed(kernels):
+    """Products on tensor cores, of what has been loaded 16 bytes at a time, with their sums in registers."""
+    assert {name for name, _ in kernels} >= PRODUCTS
+    for name, found in kernels:
+        if name in PRODUCTS:
+            assert found["products"] and found["wide loads"] >= 4 and not found["narrow loads"], (name, found)
+            assert found["spilled"] <= 8, (name, found)  # two registers
 
 
-def test_another_batch_finds_its_kernels_compiled(tmp_path):
-    """Nor does another layer of the same kind compile any, as long as its channels have the same power of two."""
-    layers = [("bfloat16", [64, 17], *RESNET18[0]), ("bfloat16", [8], 4, 72, 8, (32, 32), *DENSENET86[0][4:])]
-    layers.append(("bfloat16", [8], 4, 88, 8, (32, 32), *DENSENET86[0][4:]))
-    first, second, third = compiled(tmp_path, 90, "Triton", *layers)
-    assert [name for name, _ in first] == ["_forward", "_backward_input", "_backward_weight"]
-    assert second == third
+def check_batches(kernels):
+    """Each kernel is compiled once for all batches, and for all shares of a batch in the gradient of the weight."""
+    names = [name for name, _ in kernels]
+    assert len(names) == len(set(names)) and set(names) >= PRODUCTS
 
 
-@pytest.mark.parametrize("backend, launches", [("Triton", 3), ("TritonSkipping", 4)])
-def test_compiles_for_small_and_odd_layers(tmp_path, backend, launches):
-    """Sizes of one; and products of float32 are exact, unless convolutions may use TF32."""
-    odd = [
-        ("float32", [2], 4, 128, 32, (14, 14), (3, 3), (2, 2), (1, 1), False, True),
-        ("float16", [1], 1, 1, 1, (1, 1), (1, 1), (1, 1), (0, 0), True, False),
-        ("float32", [1], 3, 5, 1, (7, 1), (3, 1), (2, 1), (1, 0), True, False),
-        ("bfloat16", [2], 4, 256, 48, (32, 32), (1, 1), (1, 1), (0, 0), True, False),
-    ]
-    for (dtype, *_), kernels in zip(odd, compiled(tmp_path, 90, backend, *odd), strict=True):
-        assert len({name for name, _ in kernels}) >= launches
+def check_odd(layers):
+    for (dtype, *_), kernels in zip(ODD, layers, strict=True):
+        assert {name for name, _ in kernels} >= PRODUCTS
         for name, found in kernels:
             if name in PRODUCTS:
                 assert bool(found["products"]) == (dtype != "float32"), (dtype, name)
+
+
+def test_ampere(tmp_path):
+    layers = [("bfloat16", [8], *layer) for layer in (RESNET18, RESNET18_LAST, DENSENET86)]
+    for kernels in compiled(tmp_path, 80, "Triton", *layers, ("tf32", [8], *RESNET18)):
+        check_speed(kernels)
+
+
+def test_hopper(tmp_path):
+    fast = [("bfloat16", [64, 17], *RESNET18)]
+    fast += [("bfloat16", [8], *layer) for layer in (RESNET18_DOWN, DENSENET86, DENSENET86_NEXT)]
+    fast += [(dtype, [8], *RESNET18) for dtype in ("float16", "tf32")]
+    found = compiled(tmp_path, 90, "Triton", *fast, *ODD)
+    for kernels in found[: len(fast)]:
+        check_speed(kernels)
+    check_batches(found[0])
+    assert found[2] == found[3], "layers whose channels have the same power of two share their kernels"
+    check_odd(found[len(fast) :])
+
+
+def test_hopper_skipping_dropped_channels(tmp_path):
+    first, *odd = compiled(tmp_path, 90, "TritonSkipping", ("bfloat16", [64, 17], *RESNET18), *ODD)
+    check_batches(first)
+    check_odd(odd)

@@ -21,8 +21,8 @@ class Norm(NamedTuple):
 class Gradients(NamedTuple):
     """Of the arguments of the same names; those of scale and shift with a norm only.
 
-    A backend that `fuses_norm` can leave sums over a first dimension to whoever uses them: those of gates, scale, shift,
-    and of the weight, then in float32 [parts, O * C * kh * kw], in the order in which the weight lies in memory,
+    A backend that `fuses_norm` can leave sums over a first dimension to whoever uses them: those of gates, scale,
+    shift, and of the weight, then in float32 [parts, O * C * kh * kw], in the order in which the weight lies in memory,
     contiguous or channels-last.
     """
 

@@ -23,9 +23,9 @@ triton_skipping.py has kernels that leave them out.
   sample's sum scaled by its gates. Where that makes too few programs, the samples are dealt out among several.
 
 Everything is summed in float32, in an order that depends on the shapes only: there are no atomics, so the same input
-gives the same bits. Sums over programs go through small float32 buffers. Which kernels are launched, with how many
-programs, depends on shapes alone, so CUDA graphs can capture them. Products of float32 use TF32 where cuDNN's
-convolutions may.
+gives the same bits. Sums over programs are left to whoever uses the gradients, see `Gradients`. Which kernels are
+launched, with how many programs, depends on shapes alone, so CUDA graphs can capture them. Products of float32 use TF32
+where cuDNN's convolutions may.
 
 A gate of zero removes its channel without a trace, even where it is NaN or Inf. Only the forward pass would leave one,
 in its sum over channels, and only then is a result NaN or Inf: the program computes such a tile once more, head by head
@@ -54,7 +54,7 @@ from .per_sample import is_channels_last, memory_format
 __all__ = ["backward", "forward"]
 
 # How many programs should share the sums over samples and over pixels: a few for each multiprocessor of a large GPU.
-PROGRAMS = 1024
+PROGRAMS = 512
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _offset(pixel, channel, pixels, channels, LAST: tl.constexpr):
 
 
 @triton.jit
-def _filter_offset(output, channel, tap, channels, TAPS: tl.constexpr, LAST: tl.constexpr):
+def filter_offset(output, channel, tap, channels, TAPS: tl.constexpr, LAST: tl.constexpr):
     if LAST:
         return (output * TAPS + tap) * channels + channel
     return (output * channels + channel) * TAPS + tap
@@ -139,7 +139,7 @@ def _convolved(
             kept = tl.load(gates + head * gate_stride + channel, mask, 0.0) != 0
             u = tl.where(kept[None, :], u, 0.0)
         filled = (output < outputs)[:, None] & mask[None, :]
-        at = _filter_offset(output[:, None], channel[None, :], tap, channels, TAPS, FILTERS_LAST)
+        at = filter_offset(output[:, None], channel[None, :], tap, channels, TAPS, FILTERS_LAST)
         w = tl.load(weight + at, filled, 0.0)
         gate = tl.load(gates + (output % HEADS)[:, None] * gate_stride + channel[None, :], filled, 0.0)
         w = tl.where(gate != 0, w.to(tl.float32) * gate, 0.0).to(w.dtype)
@@ -148,7 +148,7 @@ def _convolved(
 
 
 SIZES = {"batch", "share", "gate_image", "gate_head", "channel_units", "output_units", "filter_units"}
-SIZES |= {"in_height", "in_width", "out_height", "out_width", "spans", "parts", "size"}
+SIZES |= {"in_height", "in_width", "out_height", "out_width", "spans"}
 
 
 def _jit(function):
@@ -341,7 +341,7 @@ def _backward_input(
                 read = _offset(reader[None, :, None], output[:, None, :], out_height * out_width, outputs, LAST)
                 g = tl.load(grad + read, reads[None, :, None] & filled[:, None, :], 0.0)
             tap = tap_row * KERNEL[1] + tap_column
-            read = _filter_offset(output[:, :, None], channel[None, None, :], tap, channels, TAPS, FILTERS_LAST)
+            read = filter_offset(output[:, :, None], channel[None, None, :], tap, channels, TAPS, FILTERS_LAST)
             w = tl.load(weight + read, filled[:, :, None] & mask[None, None, :], 0.0)
             if BLOCK_H == 1:
                 g = tl.reshape(g, [BLOCK_P, BLOCK_F])
@@ -472,19 +472,8 @@ def _backward_weight(
         gate = tl.load(gates + sample * gate_image * channels, mask, 0.0)
         total += tl.where(gate != 0, sums * gate, 0.0)
     dweight += tl.cast(part, tl.int64) * outputs * channels * TAPS
-    at = _filter_offset(output[:, None], channel[None, :], tap, channels, TAPS, FILTERS_LAST)
+    at = filter_offset(output[:, None], channel[None, :], tap, channels, TAPS, FILTERS_LAST)
     tl.store(dweight + at, total.to(dweight.dtype.element_ty), mask)
-
-
-@_jit
-def _sum_parts(partial, result, parts, size, BLOCK: tl.constexpr):
-    """result [size] in its own type: the sum of partial [parts, size], in their order."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    sums = tl.zeros([BLOCK], tl.float32)
-    for part in range(0, parts):
-        sums += tl.load(partial + tl.cast(part, tl.int64) * size + index, mask, 0.0)
-    tl.store(result + index, sums.to(result.dtype.element_ty), mask)
 
 
 def _block(size: int, most: int) -> int:
@@ -492,7 +481,7 @@ def _block(size: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
-def _unit(size: int) -> int:
+def unit(size: int) -> int:
     """The largest power of two that divides a size; 16 tells the compiler as much as more would."""
     return gcd(size, 16)
 
@@ -520,16 +509,16 @@ def precision() -> str:
 
 def _arguments(desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor) -> dict:
     """What the three kernels share."""
-    unit = _unit(desc.channels)
+    channel_unit = unit(desc.channels)
     return {
         "gate_image": gates.stride(0) // desc.channels,
         "gate_head": gates.stride(1) // desc.channels,
-        "channel_units": desc.channels // unit,
+        "channel_units": desc.channels // channel_unit,
         "in_height": desc.in_size[0],
         "in_width": desc.in_size[1],
         "out_height": desc.out_size[0],
         "out_width": desc.out_size[1],
-        "CHANNEL_UNIT": unit,
+        "CHANNEL_UNIT": channel_unit,
         "HEADS": desc.heads,
         "GEOMETRY": tuple(map(tuple, (desc.kernel_size, desc.stride, desc.padding, desc.dilation))),
         "POINTWISE": desc.is_pointwise and tuple(desc.stride) == (1, 1),
@@ -560,8 +549,8 @@ def forward(desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm
             *_pair(norm),
             weight,
             y,
-            output_units=outputs // _unit(outputs),
-            OUTPUT_UNIT=_unit(outputs),
+            output_units=outputs // unit(outputs),
+            OUTPUT_UNIT=unit(outputs),
             **_arguments(desc, x, gates, weight),
             BLOCK_P=block_p,
             BLOCK_O=block_o,
@@ -611,8 +600,8 @@ def _input_gradients(desc, grad, x, gates, weight, norm, shared) -> tuple[Tensor
             dx,
             dgates,
             dnorm,
-            filter_units=desc.filters // _unit(desc.filters),
-            FILTER_UNIT=_unit(desc.filters),
+            filter_units=desc.filters // unit(desc.filters),
+            FILTER_UNIT=unit(desc.filters),
             spans=spans,
             **shared,
             STEP=step,
@@ -643,8 +632,8 @@ def _weight_gradient(desc, grad, x, gates, weight, norm, shared) -> Tensor:
         partial,
         batch=desc.batch,
         share=share,
-        output_units=outputs // _unit(outputs),
-        OUTPUT_UNIT=_unit(outputs),
+        output_units=outputs // unit(outputs),
+        OUTPUT_UNIT=unit(outputs),
         **shared,
         ONE_TILE=pixels <= block_p,
         BLOCK_P=block_p,

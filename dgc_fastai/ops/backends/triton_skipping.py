@@ -11,16 +11,19 @@ A small kernel lists, for each sample and head, the channels whose gates are not
 these lists and gather rows of the input and of the weights by them; norm, ReLU and gate are applied to what was
 loaded, so that no altered copy of the input is ever written. Padding comes after the ReLU: it is zero.
 
-- Forward: a program per sample, head, tile of output pixels and tile of the head's filters; it sums over blocks of
-  kept channels and over taps, each a `tl.dot`.
+- Forward: a program per sample, head, tile of up to 256 output pixels, with all filters of the head up to 128; it sums
+  over blocks of kept channels, and within a block over taps, which read nearly the same pixels from the cache (Triton
+  has no way to read a tile with its border once and shift it).
 - Gradients of x, gates, scale and shift: a program per sample, tile of input pixels and range of channels. A list is
   in ascending order, so what a head keeps within a range is one piece of its list. For that piece the program
   computes the transposed convolution, then moves its rows to where their channels are and adds them up over heads.
 - Gradient of the weight: a program per head, tile of its filters, range of channels and tap, which sums over samples
   in the same way. Where that makes too few programs, the samples are dealt out among several times as many.
 
+The filters are packed [heads, C, kh, kw, O / heads] first, so that those of a kept channel lie side by side.
+
 No two programs write to the same place and there are no atomics: the same input gives the same bits. Sums over
-programs (gates, scale, shift, weight) go through small float32 buffers that PyTorch adds up.
+programs (gates, scale, shift, weight) are left to whoever uses the gradients, see `Gradients`.
 
 Products of float32 use TF32 where cuDNN's convolutions may; everything is summed in float32.
 Offsets within one image plane and within the weight must fit 32 bits; all others may take 64. With a stride above
@@ -36,8 +39,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..conv_desc import conv_desc
-from .per_sample import memory_format
-from .triton_kernels import precision
+from .per_sample import is_channels_last, memory_format
+from .triton_kernels import filter_offset, precision, unit
 
 __all__ = ["backward", "forward"]
 
@@ -156,6 +159,13 @@ def _spread(rows, place):
 
 
 @triton.jit
+def _filters(weight, head, channel, tap, filter_, channels, filters, live, TAPS: tl.constexpr):
+    """A tile [channels, filters] of the packed filters."""
+    at = ((head * channels + channel[:, None]) * TAPS + tap) * filters + filter_[None, :]
+    return tl.load(weight + at, live[:, None] & (filter_ < filters)[None, :], 0.0)
+
+
+@triton.jit
 def _forward(
     x,
     kept,
@@ -166,13 +176,13 @@ def _forward(
     weight,
     y,
     x_strides,
-    w_strides,
     y_strides,
     in_size,
     out_size,
     heads,
     channels,
-    filters,
+    filter_units,
+    FILTER_UNIT: tl.constexpr,
     PLAIN: tl.constexpr,
     ACROSS: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -185,6 +195,7 @@ def _forward(
     BLOCK_K: tl.constexpr,
 ):
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
+    filters = filter_units * FILTER_UNIT
     # What reads the same pixels runs side by side: filter tiles, then heads, then pixel tiles, then samples.
     filter_tiles = tl.cdiv(filters, BLOCK_F)
     program = tl.program_id(0)
@@ -200,7 +211,7 @@ def _forward(
     count = tl.load(before + row * (channels + 1) + channels)
     output = filter_ * heads + head
     x += tl.cast(sample, tl.int64) * x_strides[0]
-    sums = tl.zeros([BLOCK_F, BLOCK_P], tl.float32)
+    sums = tl.zeros([BLOCK_P, BLOCK_F], tl.float32)
     for step in range(0, tl.cdiv(count, BLOCK_K) * TAPS):
         tap = step % TAPS
         place = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -212,21 +223,13 @@ def _forward(
         inside = live[:, None] & inside[None, :]
         u = _load(x + channel.to(tl.int64)[:, None] * x_strides[1] + offset[None, :], inside, ACROSS)
         u = _normalized(u, scale, shift, channel, live, inside) * gate[:, None]
-        w = tl.load(
-            weight
-            + tap // KERNEL[1] * w_strides[2]
-            + tap % KERNEL[1] * w_strides[3]
-            + output[:, None] * w_strides[0]
-            + channel[None, :] * w_strides[1],
-            (filter_ < filters)[:, None] & live[None, :],
-            0.0,
-        )
-        sums = tl.dot(w, u.to(w.dtype), sums, input_precision=PRECISION)
+        w = _filters(weight, head, channel, tap, filter_, channels, filters, live, TAPS)
+        sums = tl.dot(tl.trans(u.to(w.dtype)), w, sums, input_precision=PRECISION)
 
-    y += tl.cast(sample, tl.int64) * y_strides[0] + output.to(tl.int64)[:, None] * y_strides[1]
-    y += (pixel * y_strides[3])[None, :]  # y is made here, and its planes are flat
-    mask = (filter_ < filters)[:, None] & (pixel < out_size[0] * out_size[1])[None, :]
-    _store(y, sums.to(y.dtype.element_ty), mask, ACROSS)
+    y += tl.cast(sample, tl.int64) * y_strides[0]
+    y += output.to(tl.int64)[None, :] * y_strides[1] + (pixel * y_strides[3])[:, None]  # its planes are flat
+    mask = (pixel < out_size[0] * out_size[1])[:, None] & (filter_ < filters)[None, :]
+    tl.store(y, sums.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -240,7 +243,7 @@ def _kept_within(before, gates, row, channels, start, stop, channel, mask):
     return first, last, gate, place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _backward_input(
     grad,
     x,
@@ -256,14 +259,14 @@ def _backward_input(
     dshift,
     grad_strides,
     x_strides,
-    w_strides,
     dx_strides,
     in_size,
     out_size,
     batch,
     heads,
     channels,
-    filters,
+    filter_units,
+    FILTER_UNIT: tl.constexpr,
     PLAIN: tl.constexpr,
     FLAT: tl.constexpr,
     GRAD_ACROSS: tl.constexpr,
@@ -278,8 +281,9 @@ def _backward_input(
     BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """dx as x; to be summed are dgates [tiles, batch, heads, channels] and dscale, dshift [tiles, batch, channels]."""
+    """dx as x; to be summed are dgates [tiles, batch, heads, channels] and dscale, dshift [tiles x batch, channels]."""
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
+    filters = filter_units * FILTER_UNIT
     ranges = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0)
     start = program % ranges * BLOCK_C
@@ -320,15 +324,7 @@ def _backward_input(
                     (filter_ < filters)[:, None] & inside[None, :],
                     GRAD_ACROSS,
                 )
-                w = tl.load(
-                    weight
-                    + tap // KERNEL[1] * w_strides[2]
-                    + tap % KERNEL[1] * w_strides[3]
-                    + chosen[:, None] * w_strides[1]
-                    + output[None, :] * w_strides[0],
-                    live[:, None] & (filter_ < filters)[None, :],
-                    0.0,
-                )
+                w = _filters(weight, head, chosen, tap, filter_, channels, filters, live, TAPS)
                 rows = tl.dot(w, g, rows, input_precision=PRECISION)
             scaled += _spread(rows, place - begin)
         # Where a gate is zero, u may be anything, even NaN, and must leave no trace.
@@ -348,7 +344,7 @@ def _backward_input(
     _store(dx, du.to(dx.dtype.element_ty), owned, ACROSS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "share"])
 def _backward_weight(
     grad,
     x,
@@ -366,7 +362,8 @@ def _backward_weight(
     share,
     heads,
     channels,
-    filters,
+    filter_units,
+    FILTER_UNIT: tl.constexpr,
     PLAIN: tl.constexpr,
     FLAT: tl.constexpr,
     GRAD_ACROSS: tl.constexpr,
@@ -378,11 +375,13 @@ def _backward_weight(
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    FILTERS_LAST: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """dweight [parts, taps, outputs, channels], to be summed over parts; each part has `share` samples."""
+    """dweight [parts, *weight], to be summed over parts; each part has `share` samples."""
     TAPS: tl.constexpr = KERNEL[0] * KERNEL[1]
+    filters = filter_units * FILTER_UNIT
     ranges = tl.cdiv(channels, BLOCK_C)
     filter_tiles = tl.cdiv(filters, BLOCK_F)
     program = tl.program_id(0)
@@ -427,8 +426,8 @@ def _backward_weight(
                 )
                 rows = tl.dot(u.to(g.dtype), tl.trans(g), rows, input_precision=PRECISION)
             sums += _spread(rows, place - begin) * gate[:, None]
-    dweight += (tl.cast(part, tl.int64) * TAPS + tap) * filters * heads * channels
-    dweight += output[None, :] * channels + channel[:, None]
+    dweight += tl.cast(part, tl.int64) * TAPS * filters * heads * channels
+    dweight += filter_offset(output[None, :], channel[:, None], tap, channels, TAPS, FILTERS_LAST)
     _store(dweight, sums, mask[:, None] & (filter_ < filters)[None, :], True)
 
 
@@ -453,6 +452,11 @@ def _lists(gates: Tensor) -> tuple[Tensor, Tensor]:
     before = torch.empty((batch, heads, channels + 1), dtype=torch.int32, device=gates.device)
     _list_kept[(batch * heads,)](gates, kept, before, channels, BLOCK=_block(channels, 1024))
     return kept, before
+
+
+def _packed(weight: Tensor, heads: int) -> Tensor:
+    """[heads, C, kh, kw, O / heads], in which the filters of a head are side by side for each channel."""
+    return weight.unflatten(0, (-1, heads)).permute(1, 2, 3, 4, 0).contiguous()
 
 
 def _flat(image: Tensor) -> bool:
@@ -498,7 +502,8 @@ def forward(
     out_size = shape[2:]
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     exact = x.dtype == torch.float32
-    block_f, block_p = _block(filters, 64), _block(out_size[0] * out_size[1], 64 if exact else 128)
+    block_f = _block(filters, 64 if exact else 128)  # all of a head, mostly
+    block_p = _block(out_size[0] * out_size[1], (4096 if exact else 8192) // max(32, block_f))
     programs = batch * heads * triton.cdiv(out_size[0] * out_size[1], block_p) * triton.cdiv(filters, block_f)
     with torch.cuda.device_of(x):
         gates, scale, shift = _contiguous(gates, scale, shift)  # type: ignore[assignment]
@@ -508,22 +513,22 @@ def forward(
             gates,
             scale,
             shift,
-            weight,
+            _packed(weight, heads),
             y,
             x.stride(),
-            weight.stride(),
             y.stride(),
             tuple(in_size),
             tuple(out_size),
             heads,
             channels,
-            filters,
+            filters // unit(filters),
+            unit(filters),
             **_geometry(kernel, stride, padding, dilation, _flat(x)),
             ACROSS=_across(x),
             BLOCK_F=block_f,
             BLOCK_P=block_p,
             BLOCK_K=_block(channels, 16 if exact else 32),
-            num_warps=_warps(block_f * block_p * (2 if exact else 1)),
+            num_warps=8 if block_f * block_p > 2048 else 4,
         )
     return y
 
@@ -547,8 +552,13 @@ def backward(
     heads, outputs, kernel = gates.shape[1], weight.shape[0], weight.shape[2:]
     filters, taps, out_size = outputs // heads, kernel.numel(), tuple(grad.shape[2:])
     exact = x.dtype == torch.float32
-    block_c, block_p, block_f = _block(channels, 64), _block(in_size[0] * in_size[1], 32), _block(filters, 64)
+    block_c, block_p, block_f = (
+        _block(channels, 64),
+        _block(in_size[0] * in_size[1], 32 if exact else 64),
+        _block(filters, 64),
+    )
     ranges, tiles = triton.cdiv(channels, block_c), triton.cdiv(in_size[0] * in_size[1], block_p)
+    weight = weight.contiguous(memory_format=memory_format(weight))
     with torch.cuda.device_of(x):
         gates, scale, shift = _contiguous(gates, scale, shift)  # type: ignore[assignment]
         lists = _lists(gates)
@@ -563,7 +573,7 @@ def backward(
         }
 
         dgates = gates.new_empty(tiles, *gates.shape)
-        dscale, dshift = (None, None) if scale is None else gates.new_empty(2, tiles, batch, channels)
+        dscale, dshift = (None, None) if scale is None else gates.new_empty(2, tiles * batch, channels)
         _backward_input[(batch * tiles * ranges,)](
             grad,
             x,
@@ -571,21 +581,21 @@ def backward(
             gates,
             scale,
             shift,
-            weight,
+            _packed(weight, heads),
             dx,
             dgates,
             dscale,
             dshift,
             grad.stride(),
             x.stride(),
-            weight.stride(),
             dx.stride(),
             tuple(in_size),
             out_size,
             batch,
             heads,
             channels,
-            filters,
+            filters // unit(filters),
+            unit(filters),
             **shared,
             BLOCK_P=block_p,
             BLOCK_F=_block(filters, 16 if exact else 32),
@@ -595,7 +605,7 @@ def backward(
         programs = heads * triton.cdiv(filters, block_f) * ranges * taps
         share = triton.cdiv(max(batch, 1), min(max(batch, 1), triton.cdiv(PROGRAMS, programs)))
         parts = triton.cdiv(max(batch, 1), share)
-        dweight = gates.new_empty(parts, taps, outputs, channels)
+        dweight = gates.new_empty(parts, weight.numel())
         _backward_weight[(parts * programs,)](
             grad,
             x,
@@ -612,15 +622,12 @@ def backward(
             share,
             heads,
             channels,
-            filters,
+            filters // unit(filters),
+            unit(filters),
             **shared,
+            FILTERS_LAST=is_channels_last(weight),
             BLOCK_F=block_f,
-            BLOCK_P=_block(out_size[0] * out_size[1], 16 if exact else 32),
+            BLOCK_P=_block(out_size[0] * out_size[1], 32 if exact else 64),
             num_warps=_warps(block_c * block_f * 2),
         )
-        dweight = dweight.sum(0).reshape(*kernel, outputs, channels).permute(2, 3, 0, 1)
-        dweight = torch.empty_like(weight).copy_(dweight)
-        dgates = dgates.sum(0)
-        if dscale is not None and dshift is not None:
-            dscale, dshift = dscale.sum((0, 1)), dshift.sum((0, 1))
     return dx, dgates, dweight, dscale, dshift
