@@ -24,6 +24,7 @@ __all__ = [
     "describe_machine",
     "measure_times",
     "peak_memory",
+    "processor_name",
     "spread",
     "summarize",
 ]
@@ -153,7 +154,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "device": str(device),
-        "processor": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "processor": torch.cuda.get_device_name(device) if cuda else processor_name(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": sys.version.split()[0],
@@ -165,7 +166,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor, as the system calls it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["SOURCE", "build", "cache_folder", "compiler_commands"]
+__all__ = ["SOURCE", "build", "cache_folder", "compiler_commands", "library_file"]
 
 SOURCE = Path(__file__).parent / "csrc" / "kernel.cpp"
 VECTORS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]}
@@ -50,6 +50,17 @@ def compiler_commands() -> tuple[list[str], list[str]]:
     return compiling, [*linking, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
+def library_file() -> Path:
+    """Where the library is, or will be: its name depends on the sources, PyTorch's version and the commands.
+
+    Raises:
+        OSError: there is no compiler.
+    """
+    sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.iterdir()))
+    key = hashlib.sha256(sources + repr((torch.__version__, *compiler_commands())).encode()).hexdigest()[:16]
+    return cache_folder() / f"cpu-{key}.so"
+
+
 def build() -> Path:
     """The library; built if this version of the sources, of PyTorch and of the commands is not in the cache.
 
@@ -58,10 +69,8 @@ def build() -> Path:
         subprocess.SubprocessError: the compiler failed.
     """
     compiling, linking = compiler_commands()
-    sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.iterdir()))
-    key = hashlib.sha256(sources + repr((torch.__version__, compiling, linking)).encode()).hexdigest()[:16]
-    folder = cache_folder()
-    target = folder / f"cpu-{key}.so"
+    target = library_file()
+    folder = target.parent
     if not target.exists():
         # A warning, since these are shown, and ten seconds of silence would need an explanation.
         log.warning("Building the C++ kernel for DGC layers, once, in %s: takes about ten seconds", folder)

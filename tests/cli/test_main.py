@@ -12,7 +12,7 @@ from helpers.command_line import process
 from helpers.golden import DATA
 
 HEAVY = {"torch", "torchvision", "timm", "fastai", "fastcore", "numpy", "matplotlib", "sklearn", "safetensors"}
-COMMANDS = {"list", "copy", "check", "train", "sweep", "evaluate", "predict", "export", "benchmark", "compare"}
+COMMANDS = {"list", "copy", "check", "env", "train", "sweep", "evaluate", "predict", "export", "benchmark", "compare"}
 
 
 def python(code, *arguments, cwd=ROOT):
