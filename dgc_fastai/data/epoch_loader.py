@@ -3,14 +3,10 @@
 import math
 import random
 import signal
-from itertools import takewhile
 
 import torch
 from fastai.data.core import TfmdDL
-from fastai.data.load import _loaders
-from fastai.torch_basics import to_detach, to_device
-
-from .prefetch import prefetch
+from fastai.torch_basics import to_detach
 
 __all__ = ["EpochDL"]
 
@@ -49,28 +45,6 @@ class EpochDL(TfmdDL):
         """Take this process's shard of every batch from now on; `shard(0, 1)` takes whole batches again."""
         self.bs = self.bs * self.world_size // world_size  # the batch size that fastai and the workers see
         self.rank, self.world_size = rank, world_size
-
-    def __iter__(self):
-        """fastai's loop. Batches are prepared in advance: copied, and what transforms with `is_prefetched` do."""
-        self.randomize()
-        self.before_iter()
-        self._DataLoader__idxs = self.get_idxs()  # where fastai's `sample` looks, also in a worker
-        transforms, split_idx = list(self.after_batch.fs), self.after_batch.split_idx
-        early = list(takewhile(lambda transform: getattr(transform, "is_prefetched", False), transforms))
-
-        def apply(some, batch):
-            for transform in some:
-                batch = transform(batch, split_idx=split_idx)
-            return batch
-
-        def prepare(batch):
-            batch = tuple(batch) if isinstance(batch, list) else batch  # pinning makes lists of tuples
-            return apply(early, to_device(batch, self.device, non_blocking=True))
-
-        # Nothing here names the iterator: a traceback would keep its worker processes alive.
-        for batch in prefetch(_loaders[self.fake_l.num_workers == 0](self.fake_l), prepare, self.device):
-            yield apply(transforms[len(early) :], batch)
-        self.after_iter()
 
     def __len__(self) -> int:
         return math.ceil(self.n / (self.bs * self.world_size))

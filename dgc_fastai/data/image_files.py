@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets
-from fastai.data.load import chunked
+from fastai.data.load import _loaders, chunked
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor, parent_label
-from fastai.torch_basics import ItemTransform, TensorCategory, TensorImage, Transform
+from fastai.torch_basics import ItemTransform, TensorCategory, TensorImage, Transform, to_device
 from fastai.vision.core import PILImage
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -21,6 +22,7 @@ from ..recipe.schema import Data
 from ..utils.errors import RecipeError, UserError
 from .augmentation import RandomErasing, evaluation_transform, training_transform
 from .epoch_loader import EpochDL
+from .prefetch import prefetch
 from .resizing import ResizeCrops, flatten_crops
 
 __all__ = ["FileDL", "UnreadableImage", "file_loaders", "open_image", "read_image"]
@@ -86,6 +88,28 @@ class FileDL(EpochDL):
 
     A batch comes without the images that cannot be read, and with their paths: see `Unreadable`.
     """
+
+    def __iter__(self):
+        """fastai's loop. Batches are prepared in advance: copied, and what transforms with `is_prefetched` do."""
+        self.randomize()
+        self.before_iter()
+        self._DataLoader__idxs = self.get_idxs()  # where fastai's `sample` looks, also in a worker
+        transforms, split_idx = list(self.after_batch.fs), self.after_batch.split_idx
+        early = list(takewhile(lambda transform: getattr(transform, "is_prefetched", False), transforms))
+
+        def apply(some, batch):
+            for transform in some:
+                batch = transform(batch, split_idx=split_idx)
+            return batch
+
+        def prepare(batch):
+            batch = tuple(batch) if isinstance(batch, list) else batch  # pinning makes lists of tuples
+            return apply(early, to_device(batch, self.device, non_blocking=True))
+
+        # Nothing here names the iterator: a traceback would keep its worker processes alive.
+        for batch in prefetch(_loaders[self.fake_l.num_workers == 0](self.fake_l), prepare, self.device):
+            yield apply(transforms[len(early) :], batch)
+        self.after_iter()
 
     def do_item(self, index: int | None):
         if index is None:  # fastai asks for any item, to learn the types

@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
@@ -17,7 +16,9 @@ from ..utils.errors import TrainingError
 from .callbacks import (
     AnnealGates,
     AverageWeights,
+    DeviceCutMix,
     DeviceMixedPrecision,
+    DeviceMixUp,
     MixUpOrCutMix,
     NonFiniteLoss,
     WholeBatchAccumulation,
@@ -96,7 +97,7 @@ def _callbacks(recipe: Recipe) -> list[Callback]:
     if train.mixup and train.cutmix:
         callbacks.append(MixUpOrCutMix(train.mixup, train.cutmix))
     elif train.mixup or train.cutmix:
-        callbacks.append(MixUp(train.mixup) if train.mixup else CutMix(train.cutmix))
+        callbacks.append(DeviceMixUp(train.mixup) if train.mixup else DeviceCutMix(train.cutmix))
     if train.accumulate > 1:
         callbacks.append(WholeBatchAccumulation(train.accumulate * recipe.data.batch_size))
     if train.clip:

@@ -6,11 +6,10 @@ from functools import partialmethod
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.mixup import CutMix, MixUp
 
 from dgc_fastai import build_learner, load_recipe
 from dgc_fastai.training.callbacks.ema import AverageWeights
-from dgc_fastai.training.callbacks.mixing import MixUpOrCutMix
+from dgc_fastai.training.callbacks.mixing import DeviceCutMix, DeviceMixUp, MixUpOrCutMix
 from dgc_fastai.training.learner import evaluate
 from dgc_fastai.utils.errors import RecipeError
 from helpers import QUICKSTART
@@ -69,7 +68,7 @@ def test_label_smoothing_is_pytorch_s():
 def test_nothing_is_added_that_is_not_asked_for():
     learn = build_learner(load_recipe(QUICKSTART, ONE_EPOCH))
     kinds = {type(callback) for callback in learn.cbs}
-    assert not kinds & {MixUp, CutMix, MixUpOrCutMix, AverageWeights}
+    assert not kinds & {DeviceMixUp, DeviceCutMix, MixUpOrCutMix, AverageWeights}
     assert not hasattr(learn, "whole_batch_accumulation") and not hasattr(learn, "gradient_clip")
 
 

@@ -3,13 +3,15 @@
 from .accumulation import WholeBatchAccumulation
 from .ema import AverageWeights
 from .gates import AnnealGates
-from .mixing import MixUpOrCutMix
+from .mixing import DeviceCutMix, DeviceMixUp, MixUpOrCutMix
 from .nonfinite import NonFiniteLoss
 from .precision import DeviceMixedPrecision
 
 __all__ = [
     "AnnealGates",
     "AverageWeights",
+    "DeviceCutMix",
+    "DeviceMixUp",
     "DeviceMixedPrecision",
     "MixUpOrCutMix",
     "NonFiniteLoss",
