@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
 from dgc_fastai import load_recipe
+from dgc_fastai.data import image_files
 from dgc_fastai.training import state_file
 from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.training.run_folder import as_begun, find_resumable_run, interrupted_run
@@ -64,9 +65,25 @@ def test_image_files_too_and_whatever_the_number_of_workers(tmp_path):
     assert same_run(whole, parts)
 
 
+def test_image_files_prepared_in_advance_too(tmp_path, monkeypatch, request):
+    monkeypatch.setattr(image_files, "RESIZING_DEVICES", ("cpu",))
+    write_imagenet(tmp_path / "images")
+    overrides = [
+        "data.name=folder", f"data.path={tmp_path}/images", "data.size=16", "data.batch_size=5", "train.epochs=2",
+        "data.augment=[crop_flip, random_erasing]", "model.drop_rate=0.2",
+    ]  # fmt: skip
+    whole, _ = start([*overrides, f"output={tmp_path}/whole"])
+    request.getfixturevalue("streams")
+    folder, _ = start([*overrides, f"output={tmp_path}/parts"], callback=StopAt(0, 1))
+    assert folder is None
+    parts, _ = start([*overrides, f"output={tmp_path}/parts"], resume=True)
+    assert same_run(whole, parts)
+
+
 def test_two_runs_of_a_recipe_are_the_same_and_its_resolved_form_reruns_it(tmp_path):
     first, _ = start([f"output={tmp_path}/first", "model.drop_rate=0.1"])
     recipe = load_recipe(first / "recipe.yaml", [f"output={tmp_path}/second"])
+    assert (recipe.train.precision, recipe.train.channels_last) == ("float32", False)  # what auto is on a CPU
     second = TrainingRun(recipe).fit(silent())
     assert same_run(first, second)
     third, _ = start([f"output={tmp_path}/third", "model.drop_rate=0.1", "train.seed=1"])
