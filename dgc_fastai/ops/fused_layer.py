@@ -5,8 +5,6 @@ kernels (backends/triton_layer.py), the convolution by the backend that is selec
 given those, too, since it fuses them by itself.
 """
 
-import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operator
-from .backends.base import Norm
+from .backends.base import Norm, triton_is_installed
 from .backends.per_sample import memory_format
 from .conv_desc import Pair, conv_desc
 from .selection import uses_reference, uses_triton
@@ -42,7 +40,7 @@ def is_supported(x: Tensor, squeeze: Tensor) -> bool:
         and x.numel() > 0
         and not uses_reference()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and _is_installed()
+        and triton_is_installed()
         and squeeze.shape[2] <= _kernels().MAX_CHANNELS
     )
 
@@ -135,8 +133,3 @@ def _kernels() -> Any:
     from .backends import triton_layer
 
     return triton_layer
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .backends.base import Backend
 from .backends.cpu import Cpu
+from .backends.cudnn import CuDNN
 from .backends.gathered import CHANNEL_MULTIPLE, Gathered, max_kept
 from .backends.reference import Reference
 from .backends.scaled_inputs import ScaledInputs
@@ -34,6 +35,7 @@ BACKENDS: dict[str, Backend] = {
         ScaledInputs(),
         Gathered(),
         Cpu(),
+        CuDNN(),
         Triton(),
         TritonSkipping(),
     )
@@ -72,7 +74,7 @@ def uses_reference() -> bool:
 
 def uses_triton(x: Tensor) -> bool:
     """Whether Triton kernels may compute with x: on a GPU, and in Triton's interpreter if the backend is forced."""
-    return x.is_cuda or (_forced is not None and _forced.name.startswith("triton"))
+    return x.is_cuda or (_forced is not None and _forced.uses_triton)
 
 
 def fuses_norm(x: Tensor, weight: Tensor, heads: int, stride: Pair, padding: Pair, dilation: Pair) -> bool:
@@ -113,7 +115,9 @@ def select_backend(desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, fus
 
 def _fastest_on_gpu(desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Backend:
     """cuDNN, unless the Triton kernels were measured to be faster."""
-    plain, triton = BACKENDS[fastest_backend(desc, None, "cuda")], BACKENDS["triton"]
+    plain, triton = BACKENDS["cudnn"], BACKENDS["triton"]
+    if not plain.is_supported(desc, x, weight):
+        plain = BACKENDS[fastest_backend(desc, None, "cuda")]
     return faster(plain, triton, desc, x, weight, fused) if triton.is_supported(desc, x, weight) else plain
 
 

@@ -35,9 +35,9 @@ def faster_interpreter(monkeypatch):
 
 
 class Unfused(ScaledInputs):
-    """PyTorch's convolution and norm, under a name that lets Triton's interpreter compute the rest."""
+    """PyTorch's convolution and norm; Triton's interpreter computes the rest."""
 
-    name = "triton around the convolution"
+    name, uses_triton = "triton around the convolution", True
 
 
 class Fused(Unfused):

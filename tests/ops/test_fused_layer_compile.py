@@ -53,6 +53,8 @@ for name, path in (("ops", folder.parent), ("ops.backends", folder)):
     sys.modules[name] = package = types.ModuleType(name)
     package.__path__ = [str(path)]
 layer = importlib.import_module("ops.backends.triton_layer")
+passes = importlib.import_module("ops.backends.triton_passes")
+Norm = importlib.import_module("ops.backends.base").Norm
 
 def spilled(kernel):
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -89,6 +91,19 @@ def compile(batch, channels, size, dtype=torch.bfloat16, heads=4, rate=16, last=
     assert not by_16_bytes or wide(kernels[-1], "st"), about
     kernels.clear()
 
+def compile_passes(batch, channels, size, heads, norm):
+    x = torch.zeros(batch, channels, *size, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    norm, gates = Norm(*torch.zeros(2, channels)) if norm else None, torch.zeros(batch, heads, channels)
+    passes.combine(x, norm, gates, list(passes.scale(x, norm, gates)))
+    passes.combine(x, norm, None, [passes.scale(x, norm, None)])
+    weight = torch.zeros(32, channels, 1, 1, dtype=torch.bfloat16)
+    passes.filter_gradients(torch.zeros(batch, 32, channels, 1, 1, dtype=torch.bfloat16), weight, gates)
+    for kernel in kernels:
+        about = kernel.metadata.name, channels, size
+        assert spilled(kernel) <= 8 and wide(kernel, "ld"), about
+        assert wide(kernel, "st") or kernel.metadata.name == "_filter_gradients", about
+    kernels.clear()
+
 def versions():
     kernels = layer._statistics, layer._select, layer._select_backward, layer._finish_backward
     return [sum(len(compiled[0]) for compiled in kernel.device_caches.values()) for kernel in kernels]
@@ -99,8 +114,10 @@ if sys.argv[2] == "90":
     compile(203, 64, (56, 56))  # a smaller last batch
     assert before == versions() == [1] * 4, (before, versions())
     compile(64, 24, (32, 32), rate=8)
+    compile_passes(64, 64, (56, 56), 4, True)
 else:
     compile(256, 512, (7, 7))
+    compile_passes(64, 24, (32, 32), 4, False)
     compile(64, 32, (16, 16), torch.float32, last=False, norm=False)
     compile(1, 5, (1, 3), torch.float32, heads=3, rate=2, by_16_bytes=False)
 """

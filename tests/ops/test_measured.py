@@ -170,8 +170,8 @@ def test_fake_tensors_are_not_measured(gpu):
     with FakeTensorMode():
         x, weight = torch.empty(2, 6, 5, 5, device="cuda"), torch.empty(4, 6, 3, 3, device="cuda")
         desc = conv_desc(x.shape, weight.shape, 2, ONE, ONE, ONE)
-        assert select_backend(desc, x, x.new_empty(2, 2, 6), weight).name == "scaled_inputs"
-        assert not selection.fuses_norm(x, weight, 2, ONE, ONE, ONE)
+        assert select_backend(desc, x, x.new_empty(2, 2, 6), weight).name == "cudnn"
+        assert selection.fuses_norm(x, weight, 2, ONE, ONE, ONE)
     assert gpu.measurements == 0
 
 

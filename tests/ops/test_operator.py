@@ -14,7 +14,7 @@ from helpers.operators import run
 
 ONE, NONE = (1, 1), (0, 0)
 OWN = [
-    name for name in BACKENDS if name not in ("reference", "triton", "triton_skipping")
+    name for name, backend in BACKENDS.items() if name != "reference" and not backend.uses_triton
 ]  # Triton has tests of its own
 
 

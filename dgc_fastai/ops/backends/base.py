@@ -1,5 +1,7 @@
 """What a backend of `gated_conv2d` is."""
 
+import functools
+import importlib.util
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -8,7 +10,7 @@ from torch import Tensor
 from ..conv_desc import ConvDesc
 from .per_sample import memory_format
 
-__all__ = ["Backend", "Gradients", "Norm"]
+__all__ = ["Backend", "Gradients", "Norm", "triton_is_installed"]
 
 
 class Norm(NamedTuple):
@@ -57,6 +59,9 @@ class Backend(ABC):
     """Whether it applies the normalization and the ReLU before the convolution itself, where it reads x. If so, it is
     given a `norm`, and x with any strides; if not, x is given as it is to be convolved, contiguous or channels-last."""
 
+    uses_triton: bool = False
+    """Whether it computes by Triton kernels, so that those around the convolution can be used, too."""
+
     def is_supported(self, desc: ConvDesc, x: Tensor, weight: Tensor) -> bool:
         """Whether it can compute such a layer here. `x` may be in any memory format."""
         return True
@@ -87,3 +92,8 @@ class Backend(ABC):
     ) -> Gradients:
         """The gradients of the arguments of `forward` from that of its result. Those of gates that are zero are zero if
         the backend `fuses_norm`, and may be anything if not."""
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

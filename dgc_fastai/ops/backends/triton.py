@@ -15,6 +15,7 @@ class Triton(Backend):
 
     name = "triton"
     fuses_norm = True
+    uses_triton = True
 
     def is_supported(self, desc: ConvDesc, x: Tensor, weight: Tensor) -> bool:
         return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_installed()

@@ -21,6 +21,7 @@ channels (channels-last) or of pixels allows it. Numbers of samples are no const
 code.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -610,9 +611,9 @@ class Layout(NamedTuple):
         wide = channels if last else pixels
         if last:
             block_c = min(triton.next_power_of_2(channels), most_channels)
-            return cls(last, min(wide & -wide, 16), block_c, min(triton.next_power_of_2(pixels), values // block_c))
+            return cls(last, math.gcd(wide, 16), block_c, min(triton.next_power_of_2(pixels), values // block_c))
         block_p = min(triton.next_power_of_2(pixels), 1024)
-        return cls(last, min(wide & -wide, 16), min(triton.next_power_of_2(channels), values // block_p), block_p)
+        return cls(last, math.gcd(wide, 16), min(triton.next_power_of_2(channels), values // block_p), block_p)
 
     @property
     def constants(self) -> dict:
