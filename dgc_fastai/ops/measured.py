@@ -35,6 +35,7 @@ REPETITIONS = 7
 log = logging.getLogger(__name__)
 
 _layers: dict[Path, dict[str, dict]] = {}  # by file: what is known of it in this process
+_stamps: dict[Path, int] = {}  # when each file had been changed last when it was read
 
 
 def faster(plain: Backend, candidate: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Backend:
@@ -49,17 +50,17 @@ def faster(plain: Backend, candidate: Backend, desc: ConvDesc, x: Tensor, weight
     """
     if not x.numel() or isinstance(x, torch._subclasses.FakeTensor):
         return plain
-    file, key = cache_file(x.device), layer_key(desc, x, fused)
-    if key not in _layers.get(file, {}):
-        _layers[file] = measured_layers(file)  # another process may have measured it
-        if key not in _layers[file] and can_measure():
-            entry = _measure((plain, candidate), desc, x, weight, fused)
-            if entry is None:
-                return plain
-            _layers[file][key] = entry
-            _remember(file, key, entry, x.device)
-    entry = _layers[file].get(key)
-    return candidate if entry is not None and entry["backend"] == candidate.name else plain
+    file = cache_file(x.device)
+    tf32 = x.dtype == torch.float32 and convolutions_use_tf32()
+    key = layer_key(desc, "tf32" if tf32 else str(x.dtype), is_channels_last(x), fused)
+    known = _layers.setdefault(file, {})
+    if key not in known:
+        _read(file)  # another process may have measured it
+    if key not in known and can_measure():
+        known[key] = _measure((plain, candidate), desc, x, weight, fused)
+        if known[key]:
+            _write(file, key, known[key], x.device)
+    return candidate if known.get(key, {}).get("backend") == candidate.name else plain
 
 
 def can_measure() -> bool:
@@ -74,24 +75,23 @@ def can_measure() -> bool:
     )
 
 
-def layer_key(desc: ConvDesc, x: Tensor, fused: bool) -> str:
+@functools.lru_cache(4096)
+def layer_key(desc: ConvDesc, number: str, channels_last: bool, fused: bool) -> str:
     """A layer in words. Batches count by the next power of two, so that few smaller last ones are measured again."""
 
     def pair(sizes: tuple[int, int]) -> str:
         return "x".join(map(str, sizes))
 
     batch = 1 << max(desc.batch - 1, 0).bit_length()
-    number = "tf32" if x.dtype == torch.float32 and convolutions_use_tf32() else str(x.dtype).removeprefix("torch.")
     parts = [
         f"{batch}x{desc.channels}x{pair(desc.in_size)} to {desc.heads}x{desc.filters}",
         *(f"{name} {pair(getattr(desc, name))}" for name in ("kernel_size", "stride", "padding", "dilation")),
-        number,
-        "channels_last" if is_channels_last(x) else "contiguous",
+        number.removeprefix("torch."),
+        "channels_last" if channels_last else "contiguous",
     ]
     return ", ".join(parts + ["norm"] * fused)
 
 
-@functools.cache
 def _about(device: torch.device) -> dict[str, str]:
     """What the answers depend on, besides the layer."""
     sources = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent / "backends").glob("*.py")))
@@ -103,6 +103,7 @@ def _about(device: torch.device) -> dict[str, str]:
     }
 
 
+@functools.cache
 def cache_file(device: torch.device) -> Path:
     """The file for this GPU model and these versions."""
     about = json.dumps(_about(device))
@@ -119,20 +120,27 @@ def measured_layers(file: Path) -> dict[str, dict]:
         return {}
 
 
-def _measure(backends: Sequence[Backend], desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> dict | None:
-    """The entry of a layer in the file; None if there is not enough memory to measure now."""
+def _measure(backends: Sequence[Backend], desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> dict:
+    """The entry of a layer in the file; empty if there is not enough memory to measure now."""
     plain, candidate = backends
+    _announce()
     try:
         with torch.no_grad(), torch.cuda.device_of(x), products_like_convolutions(x):
             times = time_steps([_step(backend, desc, x, weight, fused) for backend in backends])
     except torch.OutOfMemoryError:
-        return None
+        return {}
     except Exception as error:  # whatever a compiler may say; what cannot run here is not the faster one
         log.warning("Backend %s does not run on this GPU: %s", candidate.name, str(error).partition("\n")[0])
         return {"backend": plain.name}
     chosen = candidate if times[1] < MARGIN * times[0] else plain
     rounded = {backend.name: round(time, 4) for backend, time in zip(backends, times)}
     return {"backend": chosen.name, "milliseconds": rounded}
+
+
+@functools.cache
+def _announce() -> None:
+    # A warning, since these are shown, and a slow first step would need an explanation.
+    log.warning("Measuring which backend is the fastest for each DGC layer, once on this GPU: takes a minute or two")
 
 
 def _step(backend: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Callable[[], None]:
@@ -175,7 +183,18 @@ def time_steps(steps: Sequence[Callable[[], None]]) -> list[float]:
     return [statistics.median(mine) for mine in times]
 
 
-def _remember(file: Path, key: str, entry: dict, device: torch.device) -> None:
+def _read(file: Path) -> None:
+    """Learn what the file says, if it has changed."""
+    try:
+        stamp = file.stat().st_mtime_ns
+    except OSError:
+        return
+    if stamp != _stamps.get(file):
+        _stamps[file] = stamp
+        _layers[file].update(measured_layers(file))
+
+
+def _write(file: Path, key: str, entry: dict, device: torch.device) -> None:
     layers = measured_layers(file) | {key: entry}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -41,8 +41,9 @@ def gpu(monkeypatch, tmp_path):
 
         def restart(self):
             """Forget what only the memory of a process holds."""
-            measured._layers.clear()
-            measured._about.cache_clear()
+            for cache in (measured._layers, measured._stamps):
+                cache.clear()
+            measured.cache_file.cache_clear()
 
     gpu = Gpu()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -90,11 +91,25 @@ def test_the_next_process_reads_what_this_one_measured(gpu):
 def test_other_processes_wait_for_the_file_and_do_not_measure(gpu, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose() == PLAIN.name and gpu.measurements == 0
+    mine = dict(measured._layers), dict(measured._stamps)
+    gpu.restart()
     monkeypatch.setenv("LOCAL_RANK", "0")
     choose()
-    measured._layers.clear()
+    gpu.restart()
+    measured._layers.update(mine[0])
+    measured._stamps.update(mine[1])
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose() == "triton" and gpu.measurements == 1
+
+
+def test_the_file_is_read_again_only_if_it_has_changed(gpu, monkeypatch):
+    choose()
+    read, original = [], measured.measured_layers
+    monkeypatch.setattr(measured, "measured_layers", lambda file: (read.append(file), original(file))[1])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for _ in range(3):
+        choose(fused=True)
+    assert len(read) == 1
 
 
 def test_two_processes_add_to_one_file(gpu):
@@ -144,13 +159,15 @@ def test_what_does_not_run_is_not_chosen(gpu, caplog):
     assert "Backend triton does not run on this GPU: no such instruction\n" in caplog.text and "more" not in caplog.text
 
 
-def test_memory_that_is_missing_now_decides_nothing(gpu, monkeypatch):
+def test_memory_that_is_missing_now_decides_for_this_process_only(gpu, monkeypatch):
     def out_of_memory(steps):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(measured, "time_steps", out_of_memory)
     assert choose() == PLAIN.name and not gpu.folder.exists()
     monkeypatch.setattr(measured, "time_steps", gpu.time_steps)
+    assert choose() == PLAIN.name and gpu.measurements == 0, "not once more in every step"
+    gpu.restart()
     assert choose() == "triton"
 
 
@@ -166,7 +183,8 @@ def test_nothing_is_measured_while_a_graph_is_captured_or_a_mode_watches(gpu, mo
     assert choose() == PLAIN.name and gpu.measurements == 0
 
 
-def test_fake_tensors_are_not_measured(gpu):
+def test_fake_tensors_need_no_gpu(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: pytest.fail("asked for the GPU"))
     with FakeTensorMode():
         x, weight = torch.empty(2, 6, 5, 5, device="cuda"), torch.empty(4, 6, 3, 3, device="cuda")
         desc = conv_desc(x.shape, weight.shape, 2, ONE, ONE, ONE)
