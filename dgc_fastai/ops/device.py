@@ -67,9 +67,10 @@ def select_precision(name: str, device: torch.device) -> str:
     if name == "fp16" and device.type != "cuda":
         raise RecipeError("train.precision: fp16 needs a CUDA device; use bf16 or float32 here")
     if name == "bf16" and device.type == "cuda" and not has_bf16:
+        has = ".".join(map(str, capability))
         raise RecipeError(
             f"train.precision: bf16, but {torch.cuda.get_device_name(device)} has no bf16 units (compute capability "
-            f"{capability[0]}.{capability[1]}; 8.0 has); use {'fp16 or ' if has_fp16 else ''}float32"
+            f"{has}; 8.0 has them); use {'fp16 or ' if has_fp16 else ''}float32"
         )
     return name
 

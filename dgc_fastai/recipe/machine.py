@@ -157,6 +157,13 @@ def check_device(recipe: Recipe) -> None:
         raise RecipeError("device: mps, but this is not a Mac with Apple silicon; use device=cpu")
     if recipe.train.precision == "fp16" and not found:
         raise RecipeError("train.precision: fp16 needs a CUDA device; use bf16 or float32 here")
+    capability = cuda_capability(int(number or launch.local_rank())) if found else None
+    if recipe.train.precision == "bf16" and capability and capability < (8, 0):
+        has = ".".join(map(str, capability))
+        raise RecipeError(
+            f"train.precision: bf16, but this GPU has no bf16 units (compute capability {has}; 8.0 has them); use "
+            "auto, fp16 or float32"
+        )
     if recipe.train.precision == "bf16" and kind == "mps":
         raise RecipeError("train.precision: bf16 needs a CUDA device or a CPU; use float32 here")
 
@@ -204,11 +211,29 @@ def check_loggers(names: Iterable[str]) -> None:
 
 def cuda_devices() -> int:
     """Number of CUDA devices, asked from the driver itself."""
+    count = ctypes.c_int(0)
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-            return 0
-        return count.value
+        driver = _cuda_driver()
+        return 0 if driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
     except (OSError, AttributeError):
         return 0
+
+
+def cuda_capability(index: int) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device, such as (8, 0); None if the driver does not tell."""
+    device, parts = ctypes.c_int(0), (ctypes.c_int(0), ctypes.c_int(0))
+    try:
+        driver = _cuda_driver()
+        failed = driver.cuDeviceGet(ctypes.byref(device), index)
+        for part, attribute in zip(parts, (75, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+            failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
+    except (OSError, AttributeError):
+        return None
+    return None if failed else (parts[0].value, parts[1].value)
+
+
+def _cuda_driver() -> ctypes.CDLL:
+    driver = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+    if driver.cuInit(0):
+        raise OSError("the CUDA driver does not start")
+    return driver

@@ -279,6 +279,35 @@ def test_the_check_of_the_machine_asks_the_driver_for_devices(recipe, monkeypatc
     assert "needs a CUDA device" in machine_refusal(recipe, "device=cpu", "train.precision=fp16")
 
 
+class Driver:
+    """The CUDA driver of a machine with one GPU of compute capability 7.0."""
+
+    def cuInit(self, flags):
+        return 0
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = 1
+        return 0
+
+    def cuDeviceGet(self, device, index):
+        return 0 if index == 0 else 101
+
+    def cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = {75: 7, 76: 0}[attribute]
+        return 0
+
+
+def test_a_gpu_that_only_emulates_bf16_is_told_apart_without_torch(recipe, monkeypatch):
+    from dgc_fastai.recipe import machine as module
+
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: Driver())
+    assert (module.cuda_devices(), module.cuda_capability(0), module.cuda_capability(1)) == (1, (7, 0), None)
+    assert "no bf16 units (compute capability 7.0; 8.0 has them)" in machine_refusal(recipe, "train.precision=bf16")
+    for precision in ("auto", "fp16", "float32"):
+        check_machine(load_recipe(recipe, [f"train.precision={precision}"]))
+    check_machine(load_recipe(recipe, ["train.precision=bf16", "device=cpu"]))
+
+
 def test_the_check_of_the_machine_needs_a_compiler_for_torch_compile(recipe, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "there is no no-such-compiler" in machine_refusal(recipe, "train.compile=true")
