@@ -190,7 +190,7 @@ class DynamicGroupConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             if self._fuses_norm(x):
-                return self._add_bias(self._convolve_unnormalized(x))
+                return self._add_bias(self._fused(x, self.norm))
             if self._recomputes():
                 return self._add_bias(self._recomputing(x))
         if self.preact:
@@ -202,15 +202,11 @@ class DynamicGroupConv2d(nn.Module):
         if not torch.jit.is_scripting():
             if fused_layer.is_supported(x, self.gates.squeeze):
                 return self._fused(x, None)
-        return self._select_and_convolve(x, pool(x), None, None)
-
-    def _select_and_convolve(self, x: Tensor, pooled: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        """In plain PyTorch, from pooled features; with scale and shift, x is not normalized yet."""
-        gates = self.gates(pooled)
+        gates = self.gates(pool(x))
         if self.training:
             self.penalty = gates.mean((0, 2)).sum()
         gates = drop_smallest(gates, self.inactive_channels)
-        return gated_conv2d(x, gates, self.weight, scale, shift, self.stride, self.padding, self.dilation)
+        return gated_conv2d(x, gates, self.weight, None, None, self.stride, self.padding, self.dilation)
 
     def _add_bias(self, y: Tensor) -> Tensor:
         if self.bias is not None:
@@ -218,21 +214,14 @@ class DynamicGroupConv2d(nn.Module):
         return y
 
     @torch.jit.unused
-    def _fused(self, x: Tensor, norm: nn.BatchNorm2d | None) -> Tensor:
+    def _fused(self, x: Tensor, norm: Any) -> Tensor:
+        """All of the layer by the kernels of a GPU; without a norm, x is normalized."""
         gates, geometry = self.gates, fused_layer.Geometry(self.stride, self.padding, self.dilation)
         weights = self.weight, gates.squeeze, gates.excite, gates.bias
         y, penalty = fused_layer.fused_layer(x, *weights, self.inactive_channels, norm, geometry)
         if self.training:
             self.penalty = penalty
         return y
-
-    @torch.jit.unused
-    def _convolve_unnormalized(self, x: Tensor) -> Tensor:
-        norm: Any = self.norm
-        if fused_layer.is_supported(x, self.gates.squeeze) and fused_layer.folds_norm(norm, x):
-            return self._fused(x, norm)
-        scale, shift = folded_norm.fold(norm, x)
-        return self._select_and_convolve(x, folded_norm.Pooled.apply(x, scale, shift), scale, shift)
 
     @torch.jit.unused
     def _recomputes(self) -> bool:
@@ -267,9 +256,11 @@ class DynamicGroupConv2d(nn.Module):
 
     @torch.jit.unused
     def _fuses_norm(self, x: Tensor) -> bool:
+        """Whether norm and ReLU are left to what computes the rest of the layer."""
         return (
             self.preact
-            and type(self.norm) is nn.BatchNorm2d
+            and fused_layer.is_supported(x, self.gates.squeeze)
+            and fused_layer.folds_norm(self.norm, x)
             and fuses_norm(x, self.weight, self.heads, self.stride, self.padding, self.dilation)
         )
 

@@ -1,8 +1,8 @@
 """A DGC layer on a GPU: pooling, gates, selection and, if the backend wants it, the normalization by a few Triton
 kernels (backends/triton_layer.py), the convolution by the backend that is selected.
 
-`gates` and `folded_norm` define in plain PyTorch what the kernels compute, and compute it elsewhere. torch.compile is
-given those, too, since it fuses them by itself.
+`gates` defines in plain PyTorch what the kernels compute, and computes it elsewhere. torch.compile is given that, too,
+since it fuses it by itself.
 """
 
 from typing import Any, NamedTuple

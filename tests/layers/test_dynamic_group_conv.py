@@ -10,9 +10,6 @@ import torch.nn.functional as F
 
 from dgc_fastai import DynamicGroupConv2d, gate_penalty, set_progress
 from dgc_fastai.layers.gate_schedule import num_inactive
-from dgc_fastai.ops import folded_norm, reference
-from dgc_fastai.ops.backends.base import Gradients
-from dgc_fastai.ops.backends.scaled_inputs import ScaledInputs
 from dgc_fastai.ops.gates import drop_smallest
 from dgc_fastai.ops.selection import use_backend
 from helpers.golden import LAYERS, check_golden_layer, close, read_json
@@ -23,50 +20,6 @@ from helpers.golden import LAYERS, check_golden_layer, close, read_json
 def test_layer_equals_the_reference_forward_and_backward(path, backend):
     with use_backend(backend):
         check_golden_layer(path)
-
-
-class Fusing(ScaledInputs):
-    """A backend that applies the normalization and the ReLU by itself."""
-
-    name, fuses_norm = "fusing", True
-
-    def __init__(self):
-        self.norms = []
-
-    def forward(self, desc, x, gates, weight, norm=None):
-        self.norms.append(norm)
-        return super().forward(desc, x if norm is None else reference.apply_norm(x, *norm), gates, weight)
-
-    def backward(self, desc, grad, x, gates, weight, norm=None):
-        u = reference.apply_norm(x, *norm)
-        du, dgates, dweight, _, _ = super().backward(desc, grad, u, gates, weight)
-        du = du * (u > 0)
-        scale, shift = (du * x).sum((0, 2, 3)), du.sum((0, 2, 3))
-        return Gradients(du * norm.scale.view(1, -1, 1, 1), dgates, dweight, scale, shift)
-
-
-@pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.stem)
-def test_layer_with_its_norm_fused_by_the_backend_equals_the_reference(path):
-    backend = Fusing()
-    with use_backend(backend):
-        check_golden_layer(path)
-    assert backend.norms and all(norm is not None for norm in backend.norms)
-
-
-@pytest.mark.parametrize("keywords", [{}, dict(affine=False), dict(momentum=None), dict(track_running_stats=False)])
-def test_a_folded_norm_is_the_norm_and_counts_as_it_does(keywords):
-    norm = torch.nn.BatchNorm2d(5, **keywords)
-    if norm.affine:
-        torch.nn.init.uniform_(norm.weight), torch.nn.init.normal_(norm.bias)
-    expected = copy.deepcopy(norm)
-    for training in (True, True, False):
-        x = 3 * torch.randn(4, 5, 6, 7) + 1
-        scale, shift = folded_norm.fold(norm.train(training), x)
-        u = F.relu(expected.train(training)(x))
-        close(reference.apply_norm(x, scale, shift), u, 1e-5)
-        close(folded_norm.Pooled.apply(x, scale, shift), u.mean((2, 3)), 1e-5)
-        for ours, theirs in zip(norm.buffers(), expected.buffers(), strict=True):
-            close(ours, theirs, 1e-6)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

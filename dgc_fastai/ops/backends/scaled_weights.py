@@ -1,7 +1,7 @@
 """`gated_conv2d` with the gates on the filters of each sample instead of on the input of each head.
 
 One convolution for all heads, and for each sample a copy of O x C x kh x kw filters instead of heads x C x H x W
-activations; a few samples at a time, so that the copies stay in the cache.
+activations; on a CPU a few samples at a time, so that the copies stay in the cache.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from ..conv_desc import ConvDesc
 from . import per_sample
 from .base import Backend, Gradients, Norm
 
-MAX_VALUES = 2**20  # of the filters of all samples that are computed at a time
+MAX_VALUES = 2**20  # of the filters of all samples that are computed at a time on a CPU
+MAX_VALUES_ON_GPU = 2**28  # as far as memory demands: each part costs launches
 
 
 class ScaledWeights(Backend):
@@ -49,8 +50,9 @@ class ScaledWeights(Backend):
 
 
 def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
-    """The batch, a few samples at a time."""
-    size = max(1, MAX_VALUES // weight.numel())
+    """The batch, as many samples at a time as are best."""
+    most = MAX_VALUES if x.device.type == "cpu" else MAX_VALUES_ON_GPU
+    size = max(1, most // weight.numel())
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
