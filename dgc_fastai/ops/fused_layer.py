@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import operator
-from .backends.base import Norm, triton_is_installed
+from .backends.base import Norm
 from .backends.per_sample import memory_format
+from .backends.triton_support import triton_runs
 from .conv_desc import Pair, conv_desc
 from .selection import uses_reference, uses_triton
 
@@ -40,7 +41,7 @@ def is_supported(x: Tensor, squeeze: Tensor) -> bool:
         and x.numel() > 0
         and not uses_reference()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and triton_is_installed()
+        and triton_runs(x)
         and squeeze.shape[2] <= _kernels().MAX_CHANNELS
     )
 

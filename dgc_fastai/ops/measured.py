@@ -124,14 +124,20 @@ def _measure(backends: Sequence[Backend], desc: ConvDesc, x: Tensor, weight: Ten
     """The entry of a layer in the file; empty if there is not enough memory to measure now."""
     plain, candidate = backends
     _announce()
-    try:
-        with torch.no_grad(), torch.cuda.device_of(x), products_like_convolutions(x):
-            times = time_steps([_step(backend, desc, x, weight, fused) for backend in backends])
-    except torch.OutOfMemoryError:
-        return {}
-    except Exception as error:  # whatever a compiler may say; what cannot run here is not the faster one
-        log.warning("Backend %s does not run on this GPU: %s", candidate.name, str(error).partition("\n")[0])
-        return {"backend": plain.name}
+    with torch.no_grad(), torch.cuda.device_of(x), products_like_convolutions(x):
+        try:
+            steps = [_step(backend, desc, x, weight, fused) for backend in backends]
+            steps[0]()  # outside of what follows: if it fails, the layer does
+            try:
+                times = time_steps(steps)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler may say; what does not run here is not the faster one
+                reason = str(error).partition("\n")[0]
+                log.warning("Backend %s does not run on this GPU: %s", candidate.name, reason)
+                return {"backend": plain.name}
+        except torch.OutOfMemoryError:
+            return {}
     chosen = candidate if times[1] < MARGIN * times[0] else plain
     rounded = {backend.name: round(time, 4) for backend, time in zip(backends, times)}
     return {"backend": chosen.name, "milliseconds": rounded}
@@ -147,8 +153,15 @@ def _step(backend: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bo
     """A forward and backward pass of a layer with open gates: to know what they let pass would stall the GPU."""
     gates = x.new_ones(desc.batch, desc.heads, desc.channels, dtype=torch.float32)
     scale, shift = gates.new_ones(desc.channels), gates.new_zeros(desc.channels)
-    grad = torch.empty(desc.output_shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)).fill_(1)
-    x = x.detach().contiguous(memory_format=memory_format(x))
+    generator = torch.Generator(x.device).manual_seed(0)  # its own, so that a run's random numbers stay what they are
+    # Numbers of ours: x and weight may be memory that is not filled yet, and NaN takes longer.
+    grad = torch.empty(desc.output_shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    x, weight = (
+        torch.empty(one.shape, dtype=one.dtype, device=one.device, memory_format=memory_format(one))
+        for one in (x, weight)
+    )
+    for one in (grad, x, weight):
+        one.normal_(generator=generator)
 
     def step() -> None:
         if not fused or backend.fuses_norm:

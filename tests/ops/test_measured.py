@@ -159,6 +159,30 @@ def test_what_does_not_run_is_not_chosen(gpu, caplog):
     assert "Backend triton does not run on this GPU: no such instruction\n" in caplog.text and "more" not in caplog.text
 
 
+def test_a_layer_that_does_not_run_without_being_measured_fails(gpu):
+    class Broken(type(PLAIN)):
+        def forward(self, *args):
+            raise ValueError("broken")
+
+    x, weight = torch.ones(2, 6, 5, 4), torch.ones(4, 6, 3, 3)
+    desc = conv_desc(x.shape, weight.shape, 2, ONE, ONE, ONE)
+    with pytest.raises(ValueError, match="broken"):
+        measured.faster(Broken(), Candidate(), desc, x, weight, False)
+
+
+def test_measuring_changes_no_random_numbers_and_sees_none_that_are_nan(gpu, monkeypatch):
+    class Sees(Candidate):
+        def forward(self, desc, x, gates, weight, norm=None):
+            assert x.isfinite().all() and weight.isfinite().all()
+            return super().forward(desc, x, gates, weight, norm)
+
+    before = torch.get_rng_state()
+    x, weight = torch.full((2, 6, 5, 4), float("nan")), torch.full((4, 6, 3, 3), float("nan"))
+    desc = conv_desc(x.shape, weight.shape, 2, ONE, ONE, ONE)
+    assert measured.faster(PLAIN, Sees(), desc, x, weight, True).name == "triton"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_memory_that_is_missing_now_decides_for_this_process_only(gpu, monkeypatch):
     def out_of_memory(steps):
         raise torch.OutOfMemoryError

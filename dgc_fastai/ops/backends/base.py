@@ -1,7 +1,5 @@
 """What a backend of `gated_conv2d` is."""
 
-import functools
-import importlib.util
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -10,7 +8,7 @@ from torch import Tensor
 from ..conv_desc import ConvDesc
 from .per_sample import memory_format
 
-__all__ = ["Backend", "Gradients", "Norm", "triton_is_installed"]
+__all__ = ["Backend", "Gradients", "Norm"]
 
 
 class Norm(NamedTuple):
@@ -92,8 +90,3 @@ class Backend(ABC):
     ) -> Gradients:
         """The gradients of the arguments of `forward` from that of its result. Those of gates that are zero are zero if
         the backend `fuses_norm`, and may be anything if not."""
-
-
-@functools.cache
-def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

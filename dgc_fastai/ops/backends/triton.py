@@ -1,13 +1,11 @@
 """`gated_conv2d` by the kernels of triton_kernels.py and triton_skipping.py, which are imported when first used."""
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from ..conv_desc import ConvDesc
 from .base import Backend, Gradients, Norm
+from .triton_support import triton_runs
 
 
 class Triton(Backend):
@@ -18,7 +16,7 @@ class Triton(Backend):
     uses_triton = True
 
     def is_supported(self, desc: ConvDesc, x: Tensor, weight: Tensor) -> bool:
-        return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _is_installed()
+        return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and triton_runs(x)
 
     def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         from . import triton_kernels
@@ -64,8 +62,3 @@ class TritonSkipping(Triton):
         scale, shift = norm or (None, None)
         geometry = desc.stride, desc.padding, desc.dilation
         return Gradients(*triton_skipping.backward(grad, x, gates, weight, scale, shift, *geometry))
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -445,7 +445,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _lists(gates: Tensor) -> tuple[Tensor, Tensor]:
+def list_kept(gates: Tensor) -> tuple[Tensor, Tensor]:
     """The kept channels of each sample and head, and how many come before each channel: see `_list_kept`."""
     batch, heads, channels = gates.shape
     kept = torch.empty(gates.shape, dtype=torch.int32, device=gates.device)
@@ -509,7 +509,7 @@ def forward(
         gates, scale, shift = _contiguous(gates, scale, shift)  # type: ignore[assignment]
         _forward[(programs,)](
             x,
-            *_lists(gates),
+            *list_kept(gates),
             gates,
             scale,
             shift,
@@ -561,7 +561,7 @@ def backward(
     weight = weight.contiguous(memory_format=memory_format(weight))
     with torch.cuda.device_of(x):
         gates, scale, shift = _contiguous(gates, scale, shift)  # type: ignore[assignment]
-        lists = _lists(gates)
+        lists = list_kept(gates)
         dx = torch.empty_like(x)
         flat = _flat(x) and _flat(dx) and _flat(grad)
         shared = _geometry(kernel, stride, padding, dilation, flat) | {

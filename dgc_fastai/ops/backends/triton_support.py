@@ -1,0 +1,39 @@
+"""Whether Triton's kernels run here: when they are first used, Triton compiles them, which may need a C compiler."""
+
+import functools
+import importlib.util
+import logging
+
+import torch
+from torch import Tensor
+
+__all__ = ["triton_runs"]
+
+log = logging.getLogger(__name__)
+
+
+def triton_runs(x: Tensor) -> bool:
+    """Whether Triton is installed and, where x is on a GPU, a kernel has run there."""
+    if not _is_installed():
+        return False
+    return not x.is_cuda or isinstance(x, torch._subclasses.FakeTensor) or _runs_on(x.device)
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    try:
+        from . import triton_skipping
+
+        gates = torch.zeros(1, 1, 16, device=device)
+        with torch.cuda.device_of(gates):
+            triton_skipping.list_kept(gates)
+    except Exception as error:  # of compilers, drivers and versions that do not fit
+        reason = str(error).partition("\n")[0]
+        log.warning("Triton does not work on %s, so DGC layers take longer: %s", device, reason)
+        return False
+    return True
