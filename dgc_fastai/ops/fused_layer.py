@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from . import operator
 from .backends.base import Norm
 from .backends.per_sample import memory_format
-from .backends.triton_support import triton_runs
 from .conv_desc import Pair, conv_desc
 from .selection import uses_reference, uses_triton
 
@@ -36,12 +35,10 @@ def is_supported(x: Tensor, squeeze: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()  # first, since torch.compile cannot trace the rest
         and not torch.jit.is_tracing()
-        and uses_triton(x)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.numel() > 0
         and not uses_reference()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and triton_runs(x)
+        and uses_triton(x)
         and squeeze.shape[2] <= _kernels().MAX_CHANNELS
     )
 

@@ -16,6 +16,7 @@ from .backends.scaled_weights import ScaledWeights
 from .backends.triton import Triton, TritonSkipping
 from .conv_desc import ConvDesc, Pair, conv_desc
 from .measured import faster
+from .triton_trial import triton_works
 
 __all__ = [
     "BACKENDS",
@@ -74,7 +75,7 @@ def uses_reference() -> bool:
 
 def uses_triton(x: Tensor) -> bool:
     """Whether Triton kernels may compute with x: on a GPU, and in Triton's interpreter if the backend is forced."""
-    return x.is_cuda or (_forced is not None and _forced.uses_triton)
+    return (x.is_cuda or (_forced is not None and _forced.uses_triton)) and triton_works(x)
 
 
 def fuses_norm(x: Tensor, weight: Tensor, heads: int, stride: Pair, padding: Pair, dilation: Pair) -> bool:
