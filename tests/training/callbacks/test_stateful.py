@@ -75,7 +75,8 @@ def test_a_run_saves_what_its_callbacks_own(tmp_path):
     start([*more, f"output={tmp_path}"], callback=StopAt(0, 1))
     states = read_state(only(tmp_path) / "state.pt")["callbacks"]
     assert states.keys() == {
-        "anneal_gates", "average_weights", "diagnosis", "gradient_accumulation", "loss_scaler", "non_finite_loss", "run",
+        "anneal_gates", "average_weights", "diagnosis", "gradient_accumulation", "loss_scaler", "non_finite_loss",
+        "run",
     }  # fmt: skip
     assert states["anneal_gates"]["steps"] == 2 and states["anneal_gates"]["penalty_sum"] > 0
     assert states["gradient_accumulation"]["count"] == 600 and states["run"]["rows"] == []
