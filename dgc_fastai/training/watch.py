@@ -104,6 +104,8 @@ class Watch(threading.Thread):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)  # so that all others hear of it
         time.sleep(GRACE)
+        if self.has_left:  # it was done, and writes its last files
+            return
         with suppress(Exception):
             self.report()
         sys.stderr.flush()

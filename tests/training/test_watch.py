@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -37,6 +38,23 @@ def test_a_dead_process_ends_those_that_wait_in_c_with_one_line(victim):
 def test_processes_that_are_busy_or_end_at_different_times_are_not_dead():
     codes, lines = run(-1)
     assert codes == [0, 0, 0] and not any("error" in line for line in lines)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_process_that_needs_the_lost_one_no_more_ends_by_itself(monkeypatch, leaves):
+    ours, theirs = socket.socketpair()
+    ended, reported = [], []
+    monkeypatch.setattr(watch, "GRACE", 0.3)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    one = watch.Watch([ours], lambda: reported.append(True))
+    one.start()
+    theirs.close()
+    time.sleep(0.1)
+    if leaves:
+        one.leave()
+    one.join(timeout=10)
+    assert not one.is_alive()
+    assert (ended, reported) == (([], []) if leaves else ([1], [True]))
 
 
 def test_one_process_is_not_watched():
