@@ -42,7 +42,9 @@ def test_processes_that_are_busy_or_end_at_different_times_are_not_dead():
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_process_that_needs_the_lost_one_no_more_ends_by_itself(monkeypatch, leaves):
-    ours, theirs = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
     ended, reported = [], []
     monkeypatch.setattr(watch, "GRACE", 0.3)
     monkeypatch.setattr(os, "_exit", ended.append)
