@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import _FlopCounterMode
 
 from . import operator
 from .backends.base import Norm
@@ -31,7 +33,7 @@ class Geometry(NamedTuple):
 
 def is_supported(x: Tensor, squeeze: Tensor) -> bool:
     """Whether `fused_layer` can compute a layer with this input [B, C, H, W] and these gates [heads, hidden, C] here.
-    Not where a tracer or a transform wants to see PyTorch's operators."""
+    Not where a tracer, a transform or `FlopCounterMode` wants to see operators."""
     return (
         not torch.compiler.is_compiling()  # first, since torch.compile cannot trace the rest
         and not torch.jit.is_tracing()
@@ -40,6 +42,7 @@ def is_supported(x: Tensor, squeeze: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and uses_triton(x)
         and squeeze.shape[2] <= _kernels().MAX_CHANNELS
+        and not any(isinstance(mode, _FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
     )
 
 

@@ -57,8 +57,8 @@ def _largest_error(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _inputs(dtype: torch.dtype) -> list[Tensor]:
-    """x, the norm's weight and bias, W1, W2 and b of the gates, and the gates' gradient; no random numbers, which are the
-    run's."""
+    """x, the norm's weight and bias, W1, W2 and b of the gates, and the gates' gradient. Not random: a run has its own
+    numbers, which nobody else may use up."""
     shapes = (3, 24, 5, 5), (24,), (24,), (2, 3, 24), (2, 24, 3), (2, 24), (3, 2, 24)
     waves = [torch.sin((7 + i) * torch.arange(1.0, 1 + math.prod(shape))).view(shape) for i, shape in enumerate(shapes)]
     waves[0] = waves[0].to(dtype).contiguous(memory_format=torch.channels_last)

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -309,6 +310,15 @@ def test_it_leaves_to_pytorch_what_it_cannot_compute(monkeypatch):
             layer.norm = nn.BatchNorm2d(19, **keywords).to(DEVICE)
             assert not fused_layer.folds_norm(layer.norm, x)
     assert not fused_layer.is_supported(make_input(batch=0), layer.gates.squeeze)
+
+
+def test_operations_are_counted():
+    layer, x, counts = make_layer(), make_input(), []
+    for backend in (FUSED, "scaled_inputs"):
+        with use_backend(backend), FlopCounterMode(display=False) as counter:
+            layer(x).sum().backward()
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.dgc_fastai.gated_conv2d])
+    assert counts[0] == counts[1] > 0
 
 
 def test_one_value_per_channel_is_refused_as_by_pytorch():
