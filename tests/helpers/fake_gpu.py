@@ -4,14 +4,14 @@ Tensors on its device have shapes, types and strides, and no values (PyTorch's F
 run, and mixing devices raises. Tensors on the CPU are ordinary. What the host reads from the device is zero, or true.
 """
 
-import heapq
-import itertools
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import fastai.torch_core  # noqa: F401  (gives `torch.as_subclass`)
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers.counting import Counts
+from helpers.fake_autograd import backward
+from helpers.fake_cuda import cuda_functions, nothing
 
 __all__ = ["FakeGpu", "fake_gpu"]
 
@@ -113,7 +115,7 @@ class FakeGpu(TorchDispatchMode):
             result = self._as_cudnn_lays_it_out(
                 result, shells[:2] if func.overloadpacket is aten.convolution else shells[:3]
             )
-        # cuDNN's batch norm clones its reserve where a node's graph is kept, as `_backward` has to.
+        # cuDNN's batch norm clones its reserve where a node's graph is kept, as `fake_autograd` has to.
         if not (func.overloadpacket is aten.clone and result.dtype == torch.uint8):
             self.counts.add(func, given, kwargs, result)
         return result
@@ -157,142 +159,28 @@ def _constant(fake: Tensor) -> Tensor:
     return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(fill)
 
 
-def _backward(roots, gradients=None, retain_graph=None, create_graph=False, inputs=None, **_):
-    """`torch.autograd.backward` without PyTorch's engine, which asks CUDA for streams.
-
-    Node by node, the latest first, as the engine does it: it casts and sums gradients to the form of the input, and
-    adds up those that meet.
-    """
-    roots = (roots,) if isinstance(roots, Tensor) else tuple(roots)
-    gradients = (gradients,) * len(roots) if gradients is None or isinstance(gradients, Tensor) else gradients
-    buffers: dict[Any, list] = {}
-    queue: list = []
-    numbers = itertools.count()
-    waiting: dict[Any, int] = {}
-
-    def give(node, index, gradient):
-        slots = buffers.setdefault(node, [None] * len(node._input_metadata))
-        if gradient is not None:
-            slots[index] = gradient if slots[index] is None else slots[index] + gradient
-
-    def count_edges(nodes):
-        seen, stack = set(nodes), list(nodes)
-        while stack:
-            for node, _ in stack.pop().next_functions:
-                if node is not None:
-                    waiting[node] = waiting.get(node, 0) + 1
-                    if node not in seen:
-                        seen.add(node)
-                        stack.append(node)
-
-    starts = [root.grad_fn for root in roots]
-    count_edges(starts)
-    with torch.no_grad():
-        for root, gradient in zip(roots, gradients):
-            give(root.grad_fn, root.output_nr, torch.ones_like(root) if gradient is None else gradient)
-        for node in dict.fromkeys(starts):
-            if not waiting.get(node):
-                heapq.heappush(queue, (-node._sequence_nr(), next(numbers), node))
-        while queue:
-            *_, node = heapq.heappop(queue)
-            slots = buffers.pop(node)
-            if hasattr(node, "variable"):
-                _accumulate(node.variable, slots[0])
-                continue
-            results = _apply(node, slots)
-            for (following, index), gradient in zip(node.next_functions, results):
-                if following is None:
-                    continue
-                give(following, index, _formed(gradient, following._input_metadata[index]))
-                waiting[following] -= 1
-                if not waiting[following]:
-                    order = 1 << 62 if hasattr(following, "variable") else following._sequence_nr()
-                    heapq.heappush(queue, (-order, next(numbers), following))
-
-
-def _apply(node, slots) -> tuple:
-    if all(slot is None for slot in slots):
-        return (None,) * len(node.next_functions)
-    call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
-    results = call(*slots)
-    return results if isinstance(results, tuple) else (results,)
-
-
-def _formed(gradient: Tensor | None, wanted) -> Tensor | None:
-    """A gradient of the shape and type of what it belongs to."""
-    if gradient is None:
-        return None
-    if gradient.shape != torch.Size(wanted.shape):
-        gradient = gradient.sum_to_size(wanted.shape)
-    assert gradient.device == wanted.device, f"a gradient on {gradient.device} of a tensor on {wanted.device}"
-    return gradient if gradient.dtype == wanted.dtype else gradient.to(wanted.dtype)
-
-
-def _accumulate(parameter: Tensor, gradient: Tensor | None) -> None:
-    if gradient is None:
-        return
-    assert gradient.device == parameter.device, f"a gradient on {gradient.device} of one on {parameter.device}"
-    if parameter.grad is not None:
-        parameter.grad.add_(gradient)
-    elif all(size == 1 or a == b for size, a, b in zip(gradient.shape, gradient.stride(), parameter.stride())):
-        parameter.grad = gradient.detach()
-    else:  # gradients are kept in their parameters' layout
-        parameter.grad = torch.empty_like(parameter).copy_(gradient)
-
-
 @contextmanager
 def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeGpu]:
     """A machine with one GPU of a compute capability; see above."""
     gpu = FakeGpu()
-    properties = SimpleNamespace(
-        name="a GPU of shapes only",
-        major=capability[0],
-        minor=capability[1],
-        total_memory=80 * 2**30,
-        multi_processor_count=132,
-    )
-
-    def sync(*args, **kwargs):
-        gpu.counts.add_sync()
-
-    def nothing(*args, **kwargs):
-        return None
-
-    replaced = {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "_lazy_init": nothing,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": nothing,
-        "get_device_properties": lambda device=None: properties,
-        "get_device_capability": lambda device=None: capability,
-        "get_device_name": lambda device=None: properties.name,
-        "is_bf16_supported": lambda including_emulation=True: including_emulation or capability >= (8, 0),
-        "synchronize": sync,
-        "empty_cache": nothing,
-        "manual_seed": nothing,
-        "manual_seed_all": nothing,
-        "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": nothing,
-        "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
-        "set_rng_state_all": nothing,
-        "is_current_stream_capturing": lambda: False,
-        "mem_get_info": lambda device=None: (70 * 2**30, 80 * 2**30),
-        "max_memory_allocated": lambda device=None: 0,
-        "reset_peak_memory_stats": nothing,
-        "_exchange_device": lambda device: device,
-        "_maybe_exchange_device": lambda device: device,
-    }
+    generator = torch.Generator
     with ExitStack() as stack:
-        for name, function in replaced.items():
+        for name, function in cuda_functions(gpu, capability).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, function))
+        stack.callback(setattr, torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+        stack.callback(setattr, torch.backends.cudnn.conv, "fp32_precision", torch.backends.cudnn.conv.fp32_precision)
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", nothing))
         stack.enter_context(mock.patch.object(FakeTensor, "data_ptr", _address))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", nothing))
+        # fastai's would replace all attributes, among them those that make it a FakeTensor.
+        stack.enter_context(mock.patch.object(FakeTensor, "set_meta", nothing, create=True))
         # FakeTensors are weakly referenced by their mode, which does not matter to `Module.to`.
         stack.enter_context(mock.patch.object(torch.utils, "weakref", SimpleNamespace(getweakrefs=lambda one: [])))
-        stack.enter_context(mock.patch.object(torch.autograd, "backward", _backward))
+        stack.enter_context(mock.patch.object(torch, "Generator", lambda device="cpu": generator()))
+        stack.enter_context(mock.patch.object(torch._C, "_current_graph_task_id", lambda: backward.number))
+        stack.enter_context(mock.patch.object(torch, "as_subclass", _as_subclass(torch.as_subclass)))
+        stack.enter_context(mock.patch.object(torch.autograd, "backward", backward))
         stack.enter_context(_counted_triton(gpu))
         with gpu.fakes:  # sets the device guard that does nothing
             pass
@@ -308,6 +196,30 @@ def _address(tensor: FakeTensor) -> int:
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
 
 
+def _as_subclass(original: Callable[[Tensor, type], Tensor]) -> Callable[[Tensor, type], Tensor]:
+    """`torch.as_subclass`, by which fastai marks images and classes, for FakeTensors as well, which it refuses."""
+
+    def as_subclass(tensor: Tensor, kind: type) -> Tensor:
+        if not isinstance(tensor, FakeTensor):
+            return original(tensor, kind.__mro__[kind.__mro__.index(FakeTensor) + 1] if _is_fake(kind) else kind)
+        result = tensor.view(tensor.shape)
+        result.__class__ = _fake_kind(kind)
+        return result
+
+    return as_subclass
+
+
+def _is_fake(kind: type) -> bool:
+    return issubclass(kind, FakeTensor)
+
+
+@functools.cache
+def _fake_kind(kind: type) -> type:
+    if issubclass(FakeTensor, kind):
+        return FakeTensor
+    return kind if _is_fake(kind) else type(f"Fake{kind.__name__}", (FakeTensor, kind), {})
+
+
 @contextmanager
 def _counted_triton(gpu: FakeGpu) -> Iterator[None]:
     """Triton's launches are counted, and do nothing."""
@@ -318,11 +230,18 @@ def _counted_triton(gpu: FakeGpu) -> Iterator[None]:
         yield
         return
 
-    def run(kernel, *args, grid, warmup=False, **kwargs):
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        devices = {tensor.device.type for tensor in tensors}
-        assert devices == {"cuda"}, f"{kernel.__name__} was given tensors on {devices}"
-        gpu.counts.add_triton(kernel.__name__, tensors)
+    def counted(run):
+        def launch(kernel, *args, **kwargs):
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            devices = {tensor.device.type for tensor in tensors}
+            if devices == {"cpu"}:
+                return run(kernel, *args, **kwargs)
+            assert devices == {"cuda"}, f"{kernel.__name__} was given tensors on {devices}"
+            return gpu.counts.add_triton(kernel.__name__, tensors)
 
-    with mock.patch.object(InterpretedFunction, "run", run), mock.patch.object(JITFunction, "run", run):
+        return launch
+
+    with ExitStack() as stack:
+        for kind in (InterpretedFunction, JITFunction):
+            stack.enter_context(mock.patch.object(kind, "run", counted(kind.run)))
         yield
