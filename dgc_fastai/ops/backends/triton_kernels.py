@@ -397,9 +397,9 @@ def _product(
     at = _offset(source[:, None], channel[None, :], in_height * in_width, channels, LAST)
     values = tl.load(x + at, inside[:, None] & mask[None, :], 0.0)
     u = _normalized(values, scale, shift, channel, mask, inside)
-    at = _offset(pixel[:, None], output[None, :], out_height * out_width, outputs, LAST)
-    g = tl.load(grad + at, (pixel < out_height * out_width)[:, None] & (output < outputs)[None, :], 0.0)
-    return tl.dot(tl.trans(g), u.to(g.dtype), sums, input_precision=PRECISION)
+    at = _offset(pixel[None, :], output[:, None], out_height * out_width, outputs, LAST)
+    g = tl.load(grad + at, (pixel < out_height * out_width)[None, :] & (output < outputs)[:, None], 0.0)
+    return tl.dot(g, u.to(g.dtype), sums, input_precision=PRECISION)
 
 
 @_jit
