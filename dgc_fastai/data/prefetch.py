@@ -1,5 +1,6 @@
 """Batches that are copied to a GPU, and prepared there, while the step before is computed."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +31,7 @@ def _on_a_stream(batches: Iterator[Any], prepare: Callable[[Any], Any], device: 
     # The only name of the iterator, to be removed: a traceback that refers to it would keep its worker processes alive.
     source = [batches]
     del batches
-    stream = torch.cuda.Stream(device)
+    stream = _stream(torch.cuda.Stream, device)
     stream.wait_stream(torch.cuda.current_stream(device))  # for what `prepare` uses beside the batch
 
     def take() -> tuple[Any, torch.cuda.Event | None, Exception | None]:
@@ -55,6 +56,12 @@ def _on_a_stream(batches: Iterator[Any], prepare: Callable[[Any], Any], device: 
     finally:
         source.clear()
         del error, following
+
+
+@functools.cache
+def _stream(kind: type[torch.cuda.Stream], device: torch.device) -> torch.cuda.Stream:
+    """One for all epochs: PyTorch keeps the memory of each stream for that stream."""
+    return kind(device)
 
 
 def _keep(batch: Any, stream: torch.cuda.Stream) -> None:

@@ -12,7 +12,7 @@ from dgc_fastai.data.loaders import build_dataloaders
 from dgc_fastai.data.prefetch import prefetch
 from dgc_fastai.utils.errors import RecipeError
 from helpers.datasets import folder_data, write_imagenet
-from helpers.streams import queue
+from helpers.streams import Stream, queue
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,20 @@ def test_a_batch_is_ready_when_it_is_given_and_the_next_one_is_queued(streams):
         assert streams[-1] is out and len(streams) == number
     assert number == 4
     assert list(prefetch(iter(()), prepare, CPU)) == []
+
+
+def test_all_epochs_share_a_stream(streams, monkeypatch):
+    made = []
+
+    class Counted(Stream):
+        def __init__(self, device):
+            super().__init__()
+            made.append(device)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Counted)
+    for _ in range(3):
+        assert list(prefetch(iter(range(2)), lambda number: number, CPU)) == [0, 1]
+    assert made == [CPU]
 
 
 def test_without_a_gpu_nothing_is_prepared_in_advance():
