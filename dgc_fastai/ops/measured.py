@@ -31,6 +31,7 @@ __all__ = ["cache_file", "faster", "measured_layers"]
 
 MARGIN = 0.97  # of the time of the other: noise should not decide
 REPETITIONS = 7
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # TF32 has as many digits as float16
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ _stamps: dict[Path, int] = {}  # when each file had been changed last when it wa
 def faster(plain: Backend, candidate: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Backend:
     """`candidate` if it was measured to be faster than `plain`, which runs until then.
 
-    Measured are forward and backward pass together, when a layer is first seen; see `can_measure`.
+    Measured are forward and backward pass together, when a layer is first seen; see `can_measure`. If the numbers of
+    the two differ, `plain` it is.
 
     Args:
         x: [B, C, H, W], of the type and in the memory format that the layer is computed in.
@@ -127,14 +129,18 @@ def _measure(backends: Sequence[Backend], desc: ConvDesc, x: Tensor, weight: Ten
     with torch.no_grad(), torch.cuda.device_of(x), products_like_convolutions(x):
         try:
             steps = [_step(backend, desc, x, weight, fused) for backend in backends]
-            steps[0]()  # outside of what follows: if it fails, the layer does
+            expected = steps[0]()  # outside of what follows: if it fails, the layer does
             try:
+                error = _largest_error(steps[1](), expected)
+                del expected
+                if not error < TOLERANCE[x.dtype]:
+                    raise ArithmeticError(f"its numbers are wrong by {error:.1e}")
                 times = time_steps(steps)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler may say; what does not run here is not the faster one
                 reason = str(error).partition("\n")[0]
-                log.warning("Backend %s does not run on this GPU: %s", candidate.name, reason)
+                log.warning("Backend %s does not work on this GPU for %s: %s", candidate.name, desc, reason)
                 return {"backend": plain.name}
         except torch.OutOfMemoryError:
             return {}
@@ -149,8 +155,15 @@ def _announce() -> None:
     log.warning("Measuring which backend is the fastest for each DGC layer, once on this GPU: takes a minute or two")
 
 
-def _step(backend: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Callable[[], None]:
-    """A forward and backward pass of a layer with open gates: to know what they let pass would stall the GPU."""
+def _largest_error(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Relative to the largest value of each tensor."""
+    errors = [(one.float() - other).abs().max() / other.abs().max() for one, other in zip(ours, theirs, strict=True)]
+    return float(torch.stack(errors).max())
+
+
+def _step(backend: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bool) -> Callable[[], list[Tensor]]:
+    """A forward and backward pass of a layer, which returns the output and the gradients. A quarter of the gates is
+    closed; to know how many of the layer's are would stall the GPU."""
     gates = x.new_ones(desc.batch, desc.heads, desc.channels, dtype=torch.float32)
     scale, shift = gates.new_ones(desc.channels), gates.new_zeros(desc.channels)
     generator = torch.Generator(x.device).manual_seed(0)  # its own, so that a run's random numbers stay what they are
@@ -162,24 +175,27 @@ def _step(backend: Backend, desc: ConvDesc, x: Tensor, weight: Tensor, fused: bo
     )
     for one in (grad, x, weight):
         one.normal_(generator=generator)
+    gates.uniform_(-0.5, 1.5, generator=generator).relu_()
 
-    def step() -> None:
+    def step() -> list[Tensor]:
         if not fused or backend.fuses_norm:
             norm = Norm(scale, shift) if fused else None
-            backend.forward(desc, x, gates, weight, norm)
-            backend.backward(desc, grad, x, gates, weight, norm)
-            return
-        statistics_ = shift, scale  # a mean of zero and a variance of one
-        u = F.batch_norm(x, *statistics_, scale, shift).relu_()
-        backend.forward(desc, u, gates, weight)
-        du = backend.backward(desc, grad, u, gates, weight).x
-        du = torch.ops.aten.threshold_backward(du, u, 0)
-        torch.ops.aten.native_batch_norm_backward(du, x, scale, None, None, *statistics_, True, 0.0, [True, True, True])
+            y = backend.forward(desc, x, gates, weight, norm)
+            dx, dgates, dweight, *dnorm = backend.backward(desc, grad, x, gates, weight, norm).summed(weight)
+        else:
+            statistics_ = shift, scale  # a mean of zero and a variance of one
+            u = F.batch_norm(x, *statistics_, scale, shift).relu_()
+            y = backend.forward(desc, u, gates, weight)
+            du, dgates, dweight, *_ = backend.backward(desc, grad, u, gates, weight).summed(weight)
+            du = torch.ops.aten.threshold_backward(du, u, 0)
+            normalized = x, scale, *statistics_, None, None, False, 1e-5, [True, True, True]
+            dx, *dnorm = torch.ops.aten.native_batch_norm_backward(du, *normalized)
+        return [y, dx, dgates * (gates != 0), dweight, *(dnorm if fused else ())]
 
     return step
 
 
-def time_steps(steps: Sequence[Callable[[], None]]) -> list[float]:
+def time_steps(steps: Sequence[Callable[[], object]]) -> list[float]:
     """Milliseconds that each takes on the GPU: medians of runs that take turns, after some to compile and tune them."""
     for _ in range(3):
         for step in steps:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dgc_fastai.ops import BACKENDS, gated_conv2d, measured, select_backend, selection, use_backend
 from dgc_fastai.ops.backends.triton import Triton
 from dgc_fastai.ops.conv_desc import conv_desc
+from dgc_fastai.ops.reference import apply_norm
 
 ONE = (1, 1)
 PLAIN = BACKENDS["scaled_inputs"]
@@ -20,10 +21,16 @@ class Candidate(type(BACKENDS["scaled_weights"])):
     name, fuses_norm = "triton", True
 
     def forward(self, desc, x, gates, weight, norm=None):
-        return super().forward(desc, x if norm is None else torch.relu(x), gates, weight)
+        return super().forward(desc, x if norm is None else apply_norm(x, *norm), gates, weight)
 
     def backward(self, desc, grad, x, gates, weight, norm=None):
-        return super().backward(desc, grad, x if norm is None else torch.relu(x), gates, weight)
+        u = x if norm is None else apply_norm(x, *norm)
+        gradients = super().backward(desc, grad, u, gates, weight)
+        if norm is None:
+            return gradients
+        passed = gradients.x * (u > 0)
+        dscale, dshift = (part.sum((0, 2, 3)) for part in (passed * x, passed))
+        return gradients._replace(x=passed * norm.scale.view(1, -1, 1, 1), scale=dscale, shift=dshift)
 
 
 @pytest.fixture
@@ -156,7 +163,26 @@ def test_what_does_not_run_is_not_chosen(gpu, caplog):
             raise ValueError("no such instruction\nand more")
 
     assert choose(candidate=Broken()) == PLAIN.name
-    assert "Backend triton does not run on this GPU: no such instruction\n" in caplog.text and "more" not in caplog.text
+    assert ": no such instruction\n" in caplog.text and "more" not in caplog.text
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("part", ["y", "x", "gates", "weight", "scale", "shift"])
+@pytest.mark.parametrize("wrong", [lambda one: one * 1.1, lambda one: one * float("nan")], ids=["off", "NaN"])
+def test_what_computes_wrong_numbers_is_not_chosen(gpu, caplog, fused, part, wrong):
+    if part in ("scale", "shift") and not fused:
+        return
+
+    class Wrong(Candidate):
+        def forward(self, *args):
+            return wrong(super().forward(*args)) if part == "y" else super().forward(*args)
+
+        def backward(self, *args):
+            gradients = super().backward(*args)
+            return gradients if part == "y" else gradients._replace(**{part: wrong(getattr(gradients, part))})
+
+    assert choose(candidate=Wrong(), fused=fused) == PLAIN.name
+    assert "its numbers are wrong by" in caplog.text
 
 
 def test_a_layer_that_does_not_run_without_being_measured_fails(gpu):
