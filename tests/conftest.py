@@ -22,6 +22,26 @@ hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("fixed")
 
 
+GPU = Path(__file__).parent / "gpu"
+
+
+def for_gpu(config) -> bool:
+    return config.getoption("markexpr") == "gpu"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`-m gpu` collects tests/gpu and nothing else, and without it nobody waits for them."""
+    inside = GPU in (collection_path, *collection_path.parents)
+    if collection_path.is_dir() and not inside:
+        return None
+    return True if inside != for_gpu(config) else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    return 0 if for_gpu(config) else None  # one process, which has the GPU to itself
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

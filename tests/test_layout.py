@@ -50,4 +50,4 @@ def test_no_test_imports_another():
 def test_tests_lie_in_the_folders_of_their_packages():
     packages = {name.split("/")[1] for name in SOURCES if name.startswith("dgc_fastai/") and name.count("/") > 1}
     folders = {name.split("/")[1] for name in SOURCES if name.startswith("tests/") and name.count("/") > 1}
-    assert folders <= packages | {"helpers"}
+    assert folders <= packages | {"helpers", "gpu"}

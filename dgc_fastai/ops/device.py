@@ -11,7 +11,7 @@ def select_device(name: str) -> torch.device:
     """The device that a recipe names; `auto` is the first CUDA device if there is one, else the CPU.
 
     Raises:
-        RecipeError: this build of torch cannot use it.
+        RecipeError: this build of torch cannot use it, or there are not as many GPUs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +22,13 @@ def select_device(name: str) -> torch.device:
         raise RecipeError(f"device: {name}, but this installation of torch cannot use it; use device=cpu")
     if name == "cuda":  # torch.cuda.set_device needs an index
         name = f"cuda:{launch.local_rank()}"
-    return torch.device(name)
+    device = torch.device(name)
+    if kind == "cuda" and device.index >= torch.cuda.device_count():
+        raise RecipeError(
+            f"device: {name}, but the highest here is cuda:{torch.cuda.device_count() - 1}; use one that exists, or as "
+            "many processes as there are GPUs"
+        )
+    return device
 
 
 def use_device(name: str) -> torch.device:
