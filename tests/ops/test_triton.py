@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dgc_fastai.ops import use_backend
+from dgc_fastai.ops import BACKENDS, measured, use_backend
+from dgc_fastai.ops.conv_desc import conv_desc
 from dgc_fastai.ops.precision import convolutions_use_tf32
 from helpers.golden import LAYERS, check_golden_layer
 from helpers.triton_layers import DEVICE, NAMES, ONE, Kernels, improve_interpreter, make_case, random_case
@@ -210,6 +211,16 @@ def test_tf32_where_convolutions_use_it(kernels):
     finally:
         settings.fp32_precision = before
     assert found == ["ieee", "tf32"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_backends_that_are_measured_against_each_other_agree(fused):
+    """Or none but the plain one would ever be selected."""
+    inputs, geometry = make_case(channels=8, filters=2, heads=4, kernel=(3, 3), padding=ONE, stride=(2, 2), last=True)
+    x, gates, weight, *_ = inputs
+    desc = conv_desc(x.shape, weight.shape, gates.shape[1], *geometry)
+    plain, ours = (measured._step(BACKENDS[name], desc, x, weight, fused)() for name in ("cudnn", "triton"))
+    assert measured._largest_error(ours, plain) < 1e-5
 
 
 @pytest.mark.parametrize("path", LAYERS[:3], ids=lambda path: path.stem)
