@@ -161,7 +161,7 @@ def test_on_the_command_line(app, tmp_path):
             text = app(*arguments, cwd=tmp_path, expect=2)
         assert re.fullmatch(rf"error: cannot write \S+{name}: No space left on device; free some space\n", text), text
     assert content(run) == before
-    assert len(list((tmp_path / "swept").glob("*/*/last.safetensors"))) == 1
+    assert list((tmp_path / "swept").glob("*/*/last.safetensors"))  # of runs side by side, one or both were done
 
 
 def test_a_benchmark(tmp_path):
