@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dgc_fastai.ops import BACKENDS
 from dgc_fastai.ops.backends import triton_support
 
 pytest.importorskip("triton")
@@ -44,3 +45,11 @@ def test_what_is_not_on_a_gpu_is_not_tried(monkeypatch):
     assert triton_support.triton_runs(torch.zeros(1))
     with FakeTensorMode():
         assert triton_support.triton_runs(torch.zeros(1, device="cuda"))
+
+
+def test_without_the_interpreter_a_cpu_is_left_to_pytorch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.zeros(1, 4, 3, 3)
+    assert not triton_support.triton_runs(x)
+    for name in ("cudnn", "triton", "triton_skipping"):
+        assert not BACKENDS[name].is_supported(None, x, torch.zeros(2, 4, 1, 1)), name

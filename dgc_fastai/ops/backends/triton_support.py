@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import logging
+import os
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ log = logging.getLogger(__name__)
 
 
 def triton_runs(x: Tensor) -> bool:
-    """Whether Triton is installed and, where x is on a GPU, a kernel has run there."""
+    """Whether Triton is installed and, where x is on a GPU, a kernel has run there; elsewhere, in Triton's interpreter."""
     if not _is_installed():
         return False
-    return not x.is_cuda or isinstance(x, torch._subclasses.FakeTensor) or _runs_on(x.device)
+    if not x.is_cuda:
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return isinstance(x, torch._subclasses.FakeTensor) or _runs_on(x.device)
 
 
 @functools.cache
