@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def triton_runs(x: Tensor) -> bool:
-    """Whether Triton is installed and a kernel has run on the GPU where x is; elsewhere, whether its interpreter is on."""
+    """Whether Triton is installed and a kernel has run on the GPU of x; elsewhere, whether its interpreter is on."""
     if not _is_installed():
         return False
     if not x.is_cuda:
