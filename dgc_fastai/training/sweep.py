@@ -32,7 +32,7 @@ from .sweep_table import draw_sweep
 
 __all__ = ["Sweep", "combinations", "default_jobs", "plan_sweep"]
 
-SEED = "train.seed"
+SEED = "seed"
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:
@@ -81,11 +81,9 @@ def plan_sweep(recipes: Sequence[Path], overrides: Sequence[str], resume: bool =
     for recipe, combination in itertools.product(recipes, chosen):
         stem = load_recipe(recipe, combination).name
         # Only what differs makes the label.
-        parts = [part for part, differs in zip(combination, swept) if differs]
-        label, group = (
-            " ".join([stem] * (len(recipes) > 1) + [re.sub(r"^\w+\.", "", part) for part in kept])
-            for kept in (parts, [part for part in parts if not part.startswith(f"{SEED}=")])
-        )
+        parts = [re.sub(r"^\w+\.", "", part) for part, differs in zip(combination, swept) if differs]
+        unseeded = [part for part in parts if not part.startswith(f"{SEED}=")]
+        label, group = (" ".join([stem] * (len(recipes) > 1) + kept) for kept in (parts, unseeded))
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", " ".join([stem, *parts]).replace("=", "-"))[:90].rstrip("-")
         name = f"{len(runs) + 1:03d}-{name}"  # unique, and in the order of the plan
         plan = load_recipe(recipe, [*combination, f"name={name}", f"output={folder}"])

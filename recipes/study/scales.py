@@ -20,7 +20,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from dgc_fastai import build_learner, load_recipe, set_progress
 from dgc_fastai.layers.gate_schedule import dgc_layers
@@ -150,10 +150,11 @@ def draw(rows):
             ),
         ):
             ax.set_yscale("log")
-            ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set_title(f"{network}\n{title}", fontsize="small")
             ax.grid(alpha=0.3)
-            ax.set_ylim(*np.clip(ax.get_ylim(), 1e-3, 1e8))
+            low, high = np.clip(ax.get_ylim(), 1e-3, 1e8)
+            ax.set_ylim(low, high)
+            ax.yaxis.set_minor_formatter(NullFormatter() if high > 10 * low else ScalarFormatter())
     for ax in grid[-1]:
         ax.set_xlabel("DGC layer")
     handles = {label: handle for ax in grid.flat for handle, label in zip(*ax.get_legend_handles_labels())}
