@@ -54,12 +54,12 @@ def train(
         from ..ops.device import use_device
         from ..training.collectives import destroy_process_group, init_process_group
         from ..training.run import TrainingRun
-        from ..training.run_folder import as_begun, find_resumable_run
+        from ..training.run_folder import STATE, as_begun, find_resumable_run
         from .tables import show_cost, show_recipe, show_result
 
         init_process_group(use_device(plan.device))
         folder, found = find_resumable_run(plan, resume)
-        run = TrainingRun(as_begun(plan, folder))
+        run = TrainingRun(as_begun(plan, folder), gets_weights=bool(folder and (folder / STATE).exists()))
         run.learner  # noqa: B018  (reads the data)
     show_recipe(console, run.recipe)
     show_cost(console, run.cost)
@@ -99,24 +99,26 @@ def sweep(
     """Train recipes with every combination of several values."""
     recipes = [recipe, *(Path(word) for word in more if "=" not in word)]
     overrides = [word for word in more if "=" in word]
-    for one in recipes:
-        load(one, ())
+    notes: list[str] = []
     with console.status("Starting torch and fastai, checking every combination"):
         from ..analysis.compare import show_comparison, show_groups
         from ..training.sweep import default_jobs, plan_sweep
 
-        plan = plan_sweep(recipes, overrides, resume)
-    jobs = jobs or default_jobs(plan.runs[0].recipe)
+        plan = plan_sweep(recipes, overrides, resume, notes)
+    jobs = min(jobs or default_jobs(plan.runs[0].recipe), len(plan.runs))
     if resume:
-        text = f"Going on with {plan.folder}." if plan.is_resumed else "No such sweep was begun: starting one."
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        notes.append(f"Going on with {plan.folder}." if plan.is_resumed else "No such sweep was begun: starting one.")
     if jobs > 1:
-        text = f"{len(plan.runs)} runs, {jobs} at a time, into {plan.folder}"
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
-    show_comparison(results, plan.train(console, jobs))
-    show_groups(results, plan.rows())
-    text = f"The runs, sweep.csv and sweep.png are in {plan.folder}."
-    results.print(text, soft_wrap=True, highlight=False, markup=False)
+        notes.append(f"{len(plan.runs)} runs, {jobs} at a time, into {plan.folder}")
+    for note in notes:
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
+    plan.train(console, jobs)
+    if folders := plan.folders():
+        show_comparison(results, folders)
+        show_groups(results, plan.rows())
+        text = f"The runs, sweep.csv and sweep.png are in {plan.folder}."
+        results.print(text, soft_wrap=True, highlight=False, markup=False)
+    plan.raise_failures()
 
 
 def _refuse_words(recipe: Path) -> None:

@@ -76,7 +76,7 @@ def tensor_loaders(data: Data, device: torch.device, classes: Sequence[str]) -> 
             after_batch=[
                 *batch_augmentation(data),
                 IntToFloatTensor(),
-                Normalize.from_stats(*data.statistics, cuda=False),
+                _normalize(data),
             ],
             device=device,
         )

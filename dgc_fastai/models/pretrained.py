@@ -64,7 +64,7 @@ def _fetch(name: str, in_chans: int) -> torch.nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return timm.create_model(name, pretrained=True, in_chans=in_chans)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, of the hub, of a damaged file in its cache
         reason = str(error).split(". ")[0].split("\n")[0]
         raise CheckpointError(f"cannot fetch timm's weights of {name}: {reason}") from None
     finally:

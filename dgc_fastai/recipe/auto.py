@@ -1,6 +1,5 @@
 """Settings that a recipe leaves to the number of its pictures: `data.batch_size: auto` and `train.epochs: auto`."""
 
-import mimetypes
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ __all__ = ["choose_settings"]
 KEYS = (("data", "batch_size"), ("train", "epochs"))
 STEPS = 1_000  # that a network trained from scratch needs at least; measured from 100 to 2,000 pictures
 MIN_EPOCHS = 20
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # that torchvision reads
 UNKNOWN = 2_000  # pictures, where they cannot be counted
 
 
@@ -76,9 +76,9 @@ def count_training_pictures(data: Mapping[str, Any]) -> int | None:
         section = Data.model_validate({**data, "batch_size": 1})
         train, valid = folder_parts(section)
         count = sum(
-            (mimetypes.guess_type(name)[0] or "").startswith("image/")
+            name.lower().endswith(IMAGE_ENDINGS)
             for folder in _class_folders(train)
-            for _, _, names in os.walk(folder)
+            for _, _, names in os.walk(folder, followlinks=True)
             for name in names
         )
         return count if valid else round(count * (1 - section.held_out))

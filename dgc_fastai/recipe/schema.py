@@ -95,9 +95,8 @@ class Model(Section):
         if foreign:
             raise ValueError(f"{self.arch} has no keyword {', '.join(foreign)}")
         if self.pretrained is True and not self.has_timm_layout:
-            raise ValueError(
-                f"pretrained: timm has no weights for {self.arch} with these keywords; ResNets need preact: false"
-            )
+            hint = "; they need preact: false" if "resnet" in self.arch and not self.arch.endswith("_sgc") else ""
+            raise ValueError(f"pretrained: timm has no weights for {self.arch} with these keywords{hint}")
         return self
 
     @property

@@ -73,7 +73,7 @@ def _no_better_than_guessing(
     guess = max(largest / images, 1 / len(classes))
     reached = max(row["top_1"] for row in rows)
     # Two standard errors of a guess: with few images, chance alone is above its own mean in half of the epochs.
-    if reached > guess + 2 * math.sqrt(guess * (1 - guess) / images):
+    if guess < 1 and reached >= min(1, guess + 2 * math.sqrt(guess * (1 - guess) / images)):
         return None
     frequent = classes[findings.images.index(largest)]
     tries = "another train.lr or more epochs"
@@ -101,6 +101,8 @@ def _loss_stopped_falling(rows: Sequence[dict]) -> str | None:
 def _steadier(recipe: Recipe) -> str:
     """What makes a network steadier that it does not have yet."""
     model = recipe.model
+    if recipe.train.precision == "fp16":
+        return "train.precision=bf16 or float32"
     if model.arch.endswith(("_dense", "_sgc")):
         return "a smaller train.lr, or train.clip"
     if not model.zero_init_gates:

@@ -58,6 +58,7 @@ class TrainingRun:
 
     Args:
         recipe: from `load_recipe`.
+        gets_weights: the network's weights will be loaded, from a file or the state of a run: pretrained ones are not.
 
     Attributes:
         recipe: with the precision and the memory format that it has on the device.
@@ -72,7 +73,7 @@ class TrainingRun:
             network's keywords do not go together or do not fit the size of the images.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, gets_weights: bool = False):
         self.device = use_device(recipe.device)
         self.recipe = resolve(recipe, self.device)
         init_process_group(self.device)
@@ -80,7 +81,7 @@ class TrainingRun:
         self.input_size = recipe.data.input_size
         self.cost = network_cost(recipe.model, len(self.classes), self.input_size)
         self.starts_from: str | None = None
-        self._starts_pretrained = True
+        self._gets_weights = gets_weights
 
     @cached_property
     def learner(self) -> RecipeLearner:
@@ -93,7 +94,7 @@ class TrainingRun:
         recipe = self.recipe
         set_seed(recipe.train.seed)
         network = create_model(recipe.model, len(self.classes), self.input_size)
-        if recipe.model.pretrained and recipe.model.has_timm_layout and self._starts_pretrained:
+        if recipe.model.pretrained and not self._gets_weights:
             self.starts_from = self._load_pretrained(network)
         network = prepare(network, recipe.train, self.device)
         return assemble(recipe, build_dataloaders(recipe.data, self.device, self.classes), network)
@@ -120,7 +121,7 @@ class TrainingRun:
             return folder
         state = read_state(folder / STATE) if stage is Stage.INTERRUPTED else None
         diagnosis = Diagnosis(len(self.classes))
-        recorder = RunRecorder(folder, recipe, self.classes, self.cost, diagnosis.findings)
+        recorder = RunRecorder(folder, recipe, self.classes, self.cost, diagnosis.findings, self.starts_from)
         save_state = SaveState(folder / STATE, recipe.train.seed, state)
         display = TrainingDisplay(console, recorder.rows, recipe.log.print_every)
         with lock_run(folder):
@@ -143,7 +144,7 @@ class TrainingRun:
         Raises:
             CheckpointError: the file cannot be read, or belongs to another network.
         """
-        self._starts_pretrained = False
+        self._gets_weights = True
         load_checkpoint(self.learner.model, weights)
 
     def evaluate(self, console: Console) -> dict[str, float]:
@@ -160,11 +161,14 @@ class TrainingRun:
     def _load_pretrained(self, network: torch.nn.Module) -> str | None:
         model = self.recipe.model
         try:
+            if not model.has_timm_layout:
+                raise CheckpointError(f"timm has no weights for {model.arch} with these keywords")
             return load_pretrained(network, model.arch, self.input_size[0])
         except CheckpointError as error:
             if model.pretrained is True:
                 raise
-            _logger.warning("model.pretrained: %s; starting from random weights", error)
+            if launch.is_main_process():
+                _logger.warning("model.pretrained: %s; starting from random weights", error)
             return None
 
 

@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.I)
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|STATUS_ALLOC_FAILED", re.I)
 
 
 def out_of_memory(error: BaseException) -> str | None:
@@ -24,7 +24,7 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     amount = re.search(r"tried to allocate ([\d.]+) ([KMG]iB|bytes)", text, re.I)
     size = f" ({amount[1]} {amount[2]} more were asked for)" if amount else ""
-    where = "on the GPU" if re.search(r"CUDA|HIP|MPS", text) else "in main memory"
+    where = "on the GPU" if re.search(r"CUDA|CUBLAS|CUDNN|HIP|MPS", text) else "in main memory"
     return (
         f"out of memory {where}{size}; lower data.batch_size, with train.accumulate for the same optimizer step, set "
         "train.precision=bf16 or model.memory_efficient=true, or free what other programs hold"

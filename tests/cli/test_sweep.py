@@ -13,9 +13,11 @@ from PIL import Image
 from dgc_fastai import load_recipe
 from dgc_fastai.training.sweep import combinations, plan_sweep
 from dgc_fastai.training.sweep_table import draw_sweep, group_rows
+from dgc_fastai.utils.errors import RecipeError
+from dgc_fastai.utils.files import file_lock
 from helpers import QUICKSTART, ROOT
 from helpers.command_line import only, process
-from helpers.runs import TINY
+from helpers.runs import TINY, silent
 
 SHORT = [*TINY[1:], "model.stages=[1,1,1]", "train.epochs=2", "device=cpu"]
 SWEEP = [*SHORT, "model.gate_factor=0.25,1", "train.seed=0,1"]
@@ -87,8 +89,9 @@ def test_a_sweep_that_was_stopped_gives_the_same_table(swept, tmp_path):
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     overrides = *SHORT, "train.lr=0.01,1e5", "train.optimizer=sgd", "train.lasso_weight=100", f"output={tmp_path}"
     errors = process("sweep", QUICKSTART, *overrides, "--jobs", "2", expect=2)
-    assert "1 of 2 runs failed: lr=1e5: the loss is nan at step" in errors
-    assert [row["label"] for row in table(only(tmp_path))] == ["lr=0.01"]
+    folder = only(tmp_path)
+    assert f"1 of 2 runs in {folder} failed: lr=1e5: the loss is nan at step" in errors
+    assert [row["label"] for row in table(folder)] == ["lr=0.01"]
 
 
 def test_recipes_are_swept_together(tmp_path):
@@ -100,6 +103,29 @@ def test_recipes_are_swept_together(tmp_path):
     ]  # fmt: skip
     assert [run.group for run in sweep.runs] == ["quickstart", "quickstart", "other", "other"]
     assert len({run.recipe.name for run in sweep.runs}) == 4
+
+
+@pytest.mark.parametrize("words", [["train.seed=0,0"], [QUICKSTART, "train.seed=0,1"]])
+def test_runs_that_are_the_same_are_refused(app, tmp_path, words):
+    assert "two runs of this sweep are called" in app("sweep", QUICKSTART, *words, f"output={tmp_path}", expect=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_any_name_takes_the_runs(tmp_path):
+    output = tmp_path / "a: b #1"
+    sweep = plan_sweep([QUICKSTART], [*SHORT, "train.seed=0,1", f"output='{output}'"])
+    assert sweep.folder.parent == output and all(run.recipe.output == str(sweep.folder) for run in sweep.runs)
+
+
+def test_a_sweep_that_is_going_on_is_not_begun_again(tmp_path):
+    sweep = plan_sweep([QUICKSTART], [*SHORT, "train.seed=0,1", f"output={tmp_path}"])
+    sweep.folder.mkdir()
+    with pytest.raises(RecipeError, match="cannot make the folder"):
+        sweep.train(silent(), 1)
+    sweep.is_resumed = True
+    (sweep.folder / "lock").touch()
+    with file_lock(sweep.folder / "lock"), pytest.raises(RecipeError, match="going on in another process"):
+        sweep.train(silent(), 1)
 
 
 def test_only_a_sweep_of_the_same_runs_is_resumed(tmp_path):

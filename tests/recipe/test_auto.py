@@ -3,7 +3,7 @@
 import pytest
 
 from dgc_fastai import load_recipe
-from dgc_fastai.recipe.auto import batch_size_for, epochs_for
+from dgc_fastai.recipe.auto import IMAGE_ENDINGS, batch_size_for, epochs_for
 from dgc_fastai.utils.errors import RecipeError
 from helpers import QUICKSTART
 
@@ -22,7 +22,8 @@ def folder(tmp_path):
         (tmp_path / "pictures" / name / "more").mkdir(parents=True)
         for number in range(200):
             (tmp_path / "pictures" / name / ("more" if number % 2 else "") / f"{number}.JPEG").touch()
-        (tmp_path / "pictures" / name / "notes.txt").touch()
+        for other in ("notes.txt", "film.gif"):
+            (tmp_path / "pictures" / name / other).touch()
     (tmp_path / "pictures" / ".cache").mkdir()
     (tmp_path / "pictures" / ".cache" / "1.png").touch()
     return tmp_path / "pictures"
@@ -53,6 +54,20 @@ def test_a_validation_folder_is_not_counted(folder):
     (split / "train" / "x" / ".cache").rename(split / "train" / ".cache")
     (split / "train" / "x").rmdir()
     assert load(split)[1][0].startswith("400 training pictures")
+
+
+def test_pictures_behind_a_link_count_as_they_are_read(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for number in range(40):
+        (tmp_path / "elsewhere" / f"{number}.webp").touch()
+    (folder / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert load(folder)[1][0].startswith("352 training pictures")
+
+
+def test_torchvision_reads_these_endings():
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    assert set(IMAGE_ENDINGS) == set(IMG_EXTENSIONS)
 
 
 def test_a_number_stays(folder):

@@ -64,6 +64,10 @@ def test_with_many_images_a_little_above_the_most_frequent_class_is_better():
     assert told(accuracy, Findings(images=[20, 50, 30])) != []
 
 
+def test_perfect_accuracy_on_few_images_is_no_guess():
+    assert told(rows([1.0]), Findings(images=[18, 2, 0])) == []
+
+
 def test_gates_that_are_all_zero():
     (line,) = told(rows([0.9]), Findings(FINDINGS.images, closed=["a", "b", "c", "d"]))
     assert line.startswith("All gates of 4 layers are zero") and "a, b, c, ..." in line

@@ -72,7 +72,8 @@ class Diagnosis(Callback):
 
     @torch.no_grad()
     def _first_overflow(self) -> str | None:
-        network = get_model(self.model)
+        average = getattr(self, "average_weights", None)
+        network = average.averaged if average else get_model(self.model)  # the one that was validated
         first: list[str] = []
 
         def watch(name: str):

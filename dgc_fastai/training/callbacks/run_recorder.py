@@ -34,20 +34,30 @@ class RunRecorder(Callback):
         classes: the class names.
         cost: of the network.
         findings: of the callback Diagnosis, which fills them.
+        starts_from: the name of the pretrained weights that the network started from, if any.
     """
 
     order = RUN_RECORDER
     state_key = "run"
 
-    def __init__(self, folder: Path, recipe: Recipe, classes: Sequence[str], cost: Budget, findings: Findings):
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        classes: Sequence[str],
+        cost: Budget,
+        findings: Findings,
+        starts_from: str | None = None,
+    ):
         self.folder, self.recipe, self.findings = folder, recipe, findings
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
         self.drawn_at, self.drawing_time = self.started, 1.0  # a first guess
         self.classes = list(classes)
         self.metadata = {"recipe": recipe.to_yaml(), "classes": json.dumps(self.classes), "format": "pt"}
-        self.summary = {
+        self.summary: dict[str, Any] = {
             "name": recipe.name,
+            "starts_from": starts_from,
             "macs": cost.macs,
             "macs_dense": cost.macs_dense,
             "operations": cost.operations,
@@ -72,11 +82,13 @@ class RunRecorder(Callback):
             self._draw()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "elapsed": time.monotonic() - self.started}
+        began = {"starts_from": self.summary["starts_from"]}
+        return {"rows": self.rows, "elapsed": time.monotonic() - self.started, **began}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows[:] = state["rows"]  # in place: the display shows this list
         self.started = time.monotonic() - state["elapsed"]
+        self.summary["starts_from"] = state["starts_from"]
 
     def _write(self, row: dict[str, Any]) -> None:
         write_table(self.folder / "history.csv", self.rows)
