@@ -163,7 +163,8 @@ def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         ),
     ):
         if names:
-            problems.append(f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+            shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:3])
+            problems.append(f"{len(names)} {kind} ({shown}{', ...' if len(names) > 3 else ''})")
     if problems:
         saved, arch = _saved_arch(path), (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         if saved and arch and saved != arch:

@@ -6,12 +6,10 @@ measures; the others find its answers in the file, and until then use the backen
 
 import functools
 import hashlib
-import importlib.util
 import json
 import logging
 import statistics
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -60,7 +58,7 @@ def faster(plain: Backend, candidate: Backend, desc: ConvDesc, x: Tensor, weight
         _read(file)  # another process may have measured it
     if key not in known and can_measure():
         known[key] = _measure((plain, candidate), desc, x, weight, fused)
-        if known[key]:
+        if "milliseconds" in known[key]:  # what failed may work next time
             _write(file, key, known[key], x.device)
     return candidate if known.get(key, {}).get("backend") == candidate.name else plain
 
@@ -100,9 +98,18 @@ def _about(device: torch.device) -> dict[str, str]:
     return {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
-        "triton": version("triton") if importlib.util.find_spec("triton") else "none",
+        "triton": _triton_version(),
         "sources": hashlib.sha256(sources).hexdigest()[:16],
     }
+
+
+@functools.cache
+def _triton_version() -> str:
+    try:
+        import triton  # not by its distribution, which has several names
+    except ImportError:
+        return "none"
+    return triton.__version__
 
 
 @functools.cache

@@ -7,6 +7,7 @@ wrong, PyTorch's operators take their place, and a warning says so.
 import functools
 import logging
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def triton_works(x: Tensor) -> bool:
 @functools.cache
 def _tried(device: torch.device, dtype: torch.dtype) -> bool:
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             error = _largest_error(device, dtype)
     except Exception as reason:  # whatever a compiler or a driver may say
         problem = str(reason).strip().partition("\n")[0] or type(reason).__name__
@@ -60,7 +61,10 @@ def _inputs(dtype: torch.dtype) -> list[Tensor]:
     """x, the norm's weight and bias, W1, W2 and b of the gates, and the gates' gradient. Not random: a run has its own
     numbers, which nobody else may use up."""
     shapes = (3, 24, 5, 5), (24,), (24,), (2, 3, 24), (2, 24, 3), (2, 24), (3, 2, 24)
-    waves = [torch.sin((7 + i) * torch.arange(1.0, 1 + math.prod(shape))).view(shape) for i, shape in enumerate(shapes)]
+    numbers = [  # whatever the default type and device are
+        torch.arange(1, 1 + math.prod(shape), dtype=torch.float32, device="cpu").view(shape) for shape in shapes
+    ]
+    waves = [torch.sin((7 + i) * number) for i, number in enumerate(numbers)]
     waves[0] = waves[0].to(dtype).contiguous(memory_format=torch.channels_last)
     waves[1], waves[5] = 1 + 0.5 * waves[1], 1 + waves[5]
     return waves
@@ -71,7 +75,7 @@ def _by_pytorch(dtype: torch.dtype) -> list[Tensor]:
     x = x.float().requires_grad_()
     with torch.enable_grad():
         u = F.relu(F.batch_norm(x, None, None, weight, bias, training=True))
-        gates = drop_smallest(head_gates(pool(u), squeeze, excite, gate_bias), torch.tensor(INACTIVE))
+        gates = drop_smallest(head_gates(pool(u), squeeze, excite, gate_bias), torch.tensor(INACTIVE, device="cpu"))
         (dx,) = torch.autograd.grad((gates * upstream).sum(), x)
     u, gates = u.detach(), gates.detach()
     return [gates, dx, u * gates.transpose(0, 1)[..., None, None]]
@@ -91,4 +95,15 @@ def _by_kernels(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     dx, _, dscale, dshift = passes.combine(x, Norm(scale, shift), selected.gates, list(torch.zeros_like(scaled)))
     back = layer.Upstream(dx, torch.zeros(1, 24, device=device), upstream, dscale, dshift, None)
     dx, *_ = layer.backward(x, torch.zeros(24, device=device), layer.Gates(*weights), norm, selected, back)
+    # What else a run needs: evaluation, and images of one pixel.
+    layer.select(x, layer.Gates(*weights), torch.tensor(0, device=device), norm._replace(tracked=None, training=False))
+    _one_pixel(x[:, :, :1, :1].contiguous(), layer.Gates(*weights))
     return [selected.gates, dx, scaled]
+
+
+def _one_pixel(x: Tensor, weights: Any) -> None:
+    from .backends import triton_layer as layer
+
+    selected = layer.select(x, weights, torch.tensor(INACTIVE, device=x.device), None)
+    back = layer.Upstream(x, torch.zeros(1, 24, device=x.device), selected.gates, None, None, selected.penalty)
+    layer.backward(x, torch.zeros(24, device=x.device), weights, None, selected, back)

@@ -162,7 +162,8 @@ class Sweep:
         """
         jobs = min(jobs, len(self.runs))
         try:
-            (self.folder / "plan").mkdir(parents=True, exist_ok=self.is_resumed)
+            self.folder.mkdir(parents=True, exist_ok=self.is_resumed)
+            (self.folder / "plan").mkdir(exist_ok=True)
         except OSError as error:
             raise RecipeError(f"output: cannot make the folder {self.folder}: {error.strerror}") from None
         for run in self.runs:

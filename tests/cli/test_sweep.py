@@ -51,7 +51,7 @@ def test_a_sweep_trains_every_combination_and_compares_them(swept, app):
         assert float(row["top_1"]) == max(float(one["top_1"]) for one in history if float(one["inactive"]) == most)
     assert int(rows[0]["macs"]) < int(rows[2]["macs"]) and rows[0]["macs_dense"] == rows[2]["macs_dense"]
     mean = statistics.fmean(float(row["top_1"]) for row in rows[:2])
-    (line,) = [line.split() for line in text.splitlines() if line.startswith("gate_factor=0.25 ")]
+    (line,) = [line.split() for line in text.splitlines() if line.startswith("gate_factor=0.25  ")]
     assert line[1] == f"{100 * mean:.2f}" and line[3] == "2"
     text = app("compare", *(folder / row["run"] for row in rows))
     lines = [line.split() for line in text.splitlines() if "2/2" in line]

@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def clean_device(monkeypatch, tmp_path):
-    """Every test measures and caches for itself, multiplies float32 exactly, and leaves no memory behind."""
+    """The tests measure and cache for themselves, multiply float32 exactly, and leave no memory behind."""
     if not DRY_RUN:  # where it would only compile the C++ kernel again
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = torch.backends.cudnn.conv.fp32_precision

@@ -91,6 +91,18 @@ def compile(batch, channels, size, dtype=torch.bfloat16, heads=4, rate=16, last=
     assert not by_16_bytes or wide(kernels[-1], "st"), about
     kernels.clear()
 
+def compile_evaluation(batch, channels, size, heads=4, last=True):
+    x = torch.zeros(batch, channels, *size, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    weights = layer.Gates(*map(torch.zeros, ((heads, 4, channels), (heads, channels, 4), (heads, channels))))
+    norm = layer.Norm(*torch.zeros(4, channels), None, 0.1, 1e-5, False)
+    selected = layer.select(x, weights, torch.tensor(0), norm)
+    upstream = layer.Upstream(x, torch.zeros(3, 576 * channels), selected.gates, *torch.zeros(2, 3, channels), None)
+    layer.backward(x, torch.zeros(64, channels, 3, 3), weights, norm, selected, upstream)
+    names = [kernel.metadata.name for kernel in kernels]
+    assert names == ["_select", "_select_backward", "_finish_backward"], names
+    kernels.clear()
+
 def compile_passes(batch, channels, size, heads, norm):
     x = torch.zeros(batch, channels, *size, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     norm, gates = Norm(*torch.zeros(2, channels)) if norm else None, torch.zeros(batch, heads, channels)
@@ -120,6 +132,10 @@ else:
     compile_passes(64, 24, (32, 32), 4, False)
     compile(64, 32, (16, 16), torch.float32, last=False, norm=False)
     compile(1, 5, (1, 3), torch.float32, heads=3, rate=2, by_16_bytes=False)
+    compile_evaluation(64, 64, (14, 14), last=False)
+compile_evaluation(64, 64, (56, 56))
+for norm in (True, False):
+    compile(64, 512, (1, 1), norm=norm, by_16_bytes=False)  # of a ResNet's last stage at 32 px
 """
 
 

@@ -89,7 +89,8 @@ def test_channels_last_and_compile_train_the_same_network():
     import torch._dynamo
 
     torch._dynamo.reset()
-    sgd = "train.optimizer=sgd", "train.lr=0.01"  # Adam makes much of a gradient's rounding error
+    # Adam makes much of a gradient's rounding error; gates that start at one are a rounding error apart.
+    sgd = "train.optimizer=sgd", "train.lr=0.01", "model.zero_init_gates=false"
     plain = trained(*sgd)
     last = trained("train.channels_last=true", *sgd)
     weights = [parameter for parameter in last.model.parameters() if parameter.dim() == 4]

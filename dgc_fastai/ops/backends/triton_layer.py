@@ -104,19 +104,20 @@ def _moments(
     """Mean and variance of some channels: the batch's from its parts, or the running ones."""
     mask = channel < channels
     if partial is None:
-        return tl.load(running_mean + channel, mask, 0.0).to(tl.float32), tl.load(running_var + channel, mask, 1.0).to(
-            tl.float32
-        )
-    group = tl.arange(0, BLOCK_G)
-    count = (tl.maximum(tl.minimum(share, batch - group * share), 0) * pixels).to(tl.float32)[:, None]
-    place = group[:, None] * channels + channel[None, :]
-    exists = (group < groups)[:, None] & mask[None, :]
-    means = tl.load(partial + place, exists, 0.0)
-    squares = tl.load(partial + groups * channels + place, exists, 0.0)
-    total = batch.to(tl.float32) * pixels
-    mean = tl.sum(means * count, 0) / total
-    difference = means - mean[None, :]
-    return mean, tl.sum(squares + count * difference * difference, 0) / total
+        mean = tl.load(running_mean + channel, mask, 0.0).to(tl.float32)
+        var = tl.load(running_var + channel, mask, 1.0).to(tl.float32)
+    else:
+        group = tl.arange(0, BLOCK_G)
+        count = (tl.maximum(tl.minimum(share, batch - group * share), 0) * pixels).to(tl.float32)[:, None]
+        place = group[:, None] * channels + channel[None, :]
+        exists = (group < groups)[:, None] & mask[None, :]
+        means = tl.load(partial + place, exists, 0.0)
+        squares = tl.load(partial + groups * channels + place, exists, 0.0)
+        total = batch.to(tl.float32) * pixels
+        mean = tl.sum(means * count, 0) / total
+        difference = means - mean[None, :]
+        var = tl.sum(squares + count * difference * difference, 0) / total
+    return mean, var
 
 
 @triton.jit
@@ -489,6 +490,10 @@ def _finish_backward(
 ):
     """Three jobs share a launch: the first programs compute the gradients of the gates' weights, the next ones add up
     those of the filters, and the last ones compute dx, each for some channels of `share` images."""
+    if LAST:
+        channels = multiple(channels, VECTOR)
+    else:
+        pixels = multiple(pixels, VECTOR)
     program = tl.program_id(0)
     if program < weight_programs:
         _weights_backward(
@@ -512,10 +517,6 @@ def _finish_backward(
         if dfilters is not None:
             _sum_parts(program - weight_programs, filter_sums, dfilters, filter_parts, filter_size, BLOCK_F)
     else:
-        if LAST:
-            channels = multiple(channels, VECTOR)
-        else:
-            pixels = multiple(pixels, VECTOR)
         program -= weight_programs + filter_programs
         ranges = tl.cdiv(channels, BLOCK_C)
         channel = program % ranges * BLOCK_C + tl.arange(0, BLOCK_C)
