@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgc_fastai.ops import BACKENDS, use_backend
-from dgc_fastai.ops.backends import cudnn
+from dgc_fastai.ops.backends import scaled_weights
 from helpers.golden import LAYERS, check_golden_layer
 from helpers.triton_layers import DEVICE, NAMES, ONE, Kernels, improve_interpreter, make_case, random_case
 
@@ -54,7 +54,8 @@ def test_low_precision_stays_near_the_definition(dtype, kernel):
 def test_a_batch_in_parts_equals_the_whole(monkeypatch):
     inputs, geometry = make_case(batch=5, filters=2)
     whole = KERNELS.check(inputs, geometry)
-    monkeypatch.setattr(cudnn, "MAX_VALUES", 2 * inputs[2].numel())
+    for name in ("MAX_VALUES", "MAX_VALUES_ON_GPU"):
+        monkeypatch.setattr(scaled_weights, name, 2 * inputs[2].numel())
     torch.manual_seed(0)
     for name, ours, theirs in zip(NAMES, KERNELS.check(inputs, geometry), whole):
         assert ours.shape == theirs.shape, name

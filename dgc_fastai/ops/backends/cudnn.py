@@ -5,7 +5,6 @@ each head has a convolution of its own with a scaled copy of the input. Backward
 is what cuDNN reads: norm, ReLU and gates are applied on the way, and every head's gradient is read once.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from ..precision import products_like_convolutions
 from ..triton_trial import triton_works
 from . import per_sample
 from .base import Backend, Gradients, Norm
+from .scaled_weights import parts
 
 __all__ = ["CuDNN"]
-
-MAX_VALUES = 2**28  # of the scaled filters of all samples at a time
 
 
 class CuDNN(Backend):
@@ -82,7 +80,7 @@ def _convolutions_backward(
 def _products(desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None) -> Tensor:
     u = x if norm is None else _passes().scale(x, norm, None)
     y = torch.empty(desc.output_shape, dtype=x.dtype, device=x.device, memory_format=per_sample.memory_format(x))
-    for part in _parts(x, weight):
+    for part in parts(x, weight):
         filters = _scaled_filters(gates[part], weight, x.dtype)
         per_sample.forward(y[part], u[part], filters, desc.stride, desc.padding, desc.dilation)
     return y
@@ -93,7 +91,7 @@ def _products_backward(
 ) -> Gradients:
     u = x if norm is None else _passes().scale(x, norm, None)
     du, found = torch.empty_like(x), []
-    for part in _parts(x, weight):
+    for part in parts(x, weight):
         filters = _scaled_filters(gates[part], weight, x.dtype)
         geometry = desc.stride, desc.padding, desc.dilation
         dfilters = per_sample.backward(du[part], grad[part], u[part], filters, *geometry)
@@ -124,12 +122,6 @@ def _interleaved(parts: list[Tensor], dimension: int, last: bool) -> Tensor:
     parts = [part.permute(0, 2, 3, 1) for part in parts]
     axis = 1 if dimension == 0 else 4
     return torch.stack(parts, axis).flatten(axis - 1, axis).permute(0, 3, 1, 2)
-
-
-def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
-    """The batch, as many samples at a time as there is memory for their filters."""
-    size = max(1, MAX_VALUES // weight.numel())
-    return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 def _scaled_filters(gates: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ class ScaledWeights(Backend):
     def forward(self, desc: ConvDesc, x: Tensor, gates: Tensor, weight: Tensor, norm: Norm | None = None) -> Tensor:
         geometry = desc.stride, desc.padding, desc.dilation
         y = torch.empty(desc.output_shape, dtype=x.dtype, device=x.device, memory_format=per_sample.memory_format(x))
-        for part in _parts(x, weight):
+        for part in parts(x, weight):
             per_sample.forward(y[part], x[part], scaled_filters(gates[part], weight, x.dtype), *geometry)
         return y
 
@@ -40,7 +40,7 @@ class ScaledWeights(Backend):
         dx, dgates = torch.empty_like(x), torch.empty_like(gates)
         by_head = _by_head(weight, gates)
         dweight = torch.zeros_like(by_head, dtype=gates.dtype)
-        for part in _parts(x, weight):
+        for part in parts(x, weight):
             filters = scaled_filters(gates[part], weight, x.dtype)
             dfilters = per_sample.backward(dx[part], grad[part], x[part], filters, *geometry)
             dfilters = dfilters.unflatten(1, by_head.shape[:2])  # [samples, O / heads, heads, C, kh, kw]
@@ -49,7 +49,7 @@ class ScaledWeights(Backend):
         return Gradients(dx, dgates, dweight.flatten(0, 1).to(weight.dtype))
 
 
-def _parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
+def parts(x: Tensor, weight: Tensor) -> Iterator[slice]:
     """The batch, as many samples at a time as are best."""
     most = MAX_VALUES if x.device.type == "cpu" else MAX_VALUES_ON_GPU
     size = max(1, most // weight.numel())
