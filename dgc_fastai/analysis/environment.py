@@ -1,7 +1,6 @@
 """What a machine has, for its user and for reports of defects."""
 
 import functools
-import os
 import platform
 import re
 import shutil
@@ -16,14 +15,16 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..ops.backends.triton_support import triton_version
 from ..ops.build import cache_folder, compiler_commands, library_file
 from ..ops.device import select_channels_last, select_device, select_precision
 from ..ops.measured import cache_file, measured_layers
+from ..utils import launch
 from .timing import processor_name
 
 __all__ = ["describe_environment"]
 
-PACKAGES = ("torchvision", "timm", "fastai", "accelerate", "triton", "onnxruntime")
+PACKAGES = ("torchvision", "timm", "fastai", "accelerate", "onnxruntime")
 # As /proc/cpuinfo writes them, and as the makers do.
 INSTRUCTIONS = {
     "avx2": "AVX2",
@@ -53,7 +54,7 @@ def describe_environment() -> dict[str, dict[str, Fact]]:
         "versions": _versions(),
         "processor": {
             "name": processor_name,
-            "cores": lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": launch.cores,
             "instructions": instruction_sets,
             "threads": torch.get_num_threads,
         },
@@ -89,6 +90,7 @@ def _versions() -> dict[str, Callable[[], Fact]]:
         "platform": platform.platform,
         "torch": lambda: str(torch.__version__),
         **{name: functools.partial(version, name) for name in PACKAGES},
+        "triton": triton_version,
     }
 
 

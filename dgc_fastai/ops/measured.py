@@ -21,6 +21,7 @@ from ..utils.errors import WriteError
 from ..utils.files import write_atomically
 from .backends.base import Backend, Norm
 from .backends.per_sample import is_channels_last, memory_format
+from .backends.triton_support import triton_version
 from .build import cache_folder
 from .conv_desc import ConvDesc
 from .precision import convolutions_use_tf32, products_like_convolutions
@@ -92,24 +93,15 @@ def layer_key(desc: ConvDesc, number: str, channels_last: bool, fused: bool) -> 
     return ", ".join(parts + ["norm"] * fused)
 
 
-def _about(device: torch.device) -> dict[str, str]:
+def _about(device: torch.device) -> dict[str, str | None]:
     """What the answers depend on, besides the layer."""
     sources = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent / "backends").glob("*.py")))
     return {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": triton_version(),
         "sources": hashlib.sha256(sources).hexdigest()[:16],
     }
-
-
-@functools.cache
-def _triton_version() -> str:
-    try:
-        import triton  # not by its distribution, which has several names
-    except ImportError:
-        return "none"
-    return triton.__version__
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from ..models.factory import network_cost
 from ..recipe.loading import differences, load_recipe
 from ..recipe.machine import check_machine, cuda_devices
 from ..recipe.schema import Recipe
+from ..utils import launch
 from ..utils.errors import Interrupted, RecipeError, TrainingError
 from ..utils.files import file_lock, write_atomically, write_table
 from .run_folder import finished_run
@@ -119,12 +120,7 @@ def _begun(first: Recipe, runs: Sequence[PlannedRun]) -> "Sweep | None":
 def default_jobs(recipe: Recipe) -> int:
     """How many runs go side by side: on a CPU one per core, since several single threads beat one run on all cores."""
     on_cpu = recipe.device == "cpu" or (recipe.device == "auto" and not cuda_devices())
-    return cores() if on_cpu else 1
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return launch.cores() if on_cpu else 1
 
 
 @dataclass
@@ -133,14 +129,14 @@ class Sweep:
 
     Attributes:
         is_resumed: the folder is that of a sweep that was stopped.
-        finished: by name, the folders of the runs that have come to their end.
+        finished: by name, the folders and summaries of the runs that have come to their end.
         failed: by label, why a run failed.
     """
 
     folder: Path
     runs: list[PlannedRun]
     is_resumed: bool = False
-    finished: dict[str, Path] = field(default_factory=dict)
+    finished: dict[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -212,18 +208,18 @@ class Sweep:
 
     def folders(self) -> list[Path]:
         """The folders of the finished runs, in the order of the plan."""
-        return [self.finished[run.recipe.name] for run in self.runs if run.recipe.name in self.finished]
+        return [self.finished[run.recipe.name][0] for run in self.runs if run.recipe.name in self.finished]
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each finished run."""
         rows = []
         for run in self.runs:
-            if folder := self.finished.get(run.recipe.name):
-                _, summary = read_run(folder)
+            if found := self.finished.get(run.recipe.name):
+                folder, summary = found
                 costs = {key: summary[key] for key in ("macs", "macs_dense", "operations", "parameters", "seconds")}
-                found = {"top_1": summary["best"]["top_1"], "starts_from": summary.get("starts_from") or "", **costs}
+                reached = {"top_1": summary["best"]["top_1"], "starts_from": summary.get("starts_from") or "", **costs}
                 labels = {"label": run.label, "group": run.group, "seed": run.recipe.train.seed}
-                rows.append({"run": folder.name, **labels, **found})
+                rows.append({"run": folder.name, **labels, **reached})
         return rows
 
     def _plan(self, run: PlannedRun) -> Path:
@@ -232,10 +228,11 @@ class Sweep:
     def _log(self, run: PlannedRun) -> Path:
         return self._plan(run).with_suffix(".log")
 
-    def _look_for(self, run: PlannedRun) -> Path | None:
+    def _look_for(self, run: PlannedRun) -> dict[str, Any] | None:
+        """The summary of a run, if it has come to its end."""
         if folder := finished_run(run.recipe):
-            self.finished[run.recipe.name] = folder
-        return folder
+            self.finished[run.recipe.name] = folder, read_run(folder)[1]
+        return self.finished[run.recipe.name][1] if folder else None
 
     def _start(self, run: PlannedRun, jobs: int, quiet: bool) -> subprocess.Popen:
         self._log(run).unlink(missing_ok=True)
@@ -245,7 +242,7 @@ class Sweep:
             paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment["PYTHONPATH"] = os.pathsep.join(paths)
         if jobs > 1:
-            environment["OMP_NUM_THREADS"] = str(max(1, cores() // jobs))
+            environment["OMP_NUM_THREADS"] = str(max(1, launch.cores() // jobs))
         command = [sys.executable, "-m", "dgc_fastai", "train", str(self._plan(run)), "--resume"]
         # In a session of their own: a terminal's Ctrl-C reaches this process only, which passes it on.
         if jobs > 1 or quiet:
@@ -256,9 +253,8 @@ class Sweep:
         return subprocess.Popen(command, env=environment, start_new_session=True)
 
     def _finish(self, run: PlannedRun, code: int, stopped: bool, console: Console) -> None:
-        folder = self._look_for(run)
-        if folder:
-            _, summary = read_run(folder)
+        summary = self._look_for(run)
+        if summary:
             told = [f"{run.label}: top-1 {100 * summary['best']['top_1']:.2f} %", *summary.get("problems", [])]
             console.print(" ".join(told), highlight=False, markup=False, soft_wrap=True)
             self._write()

@@ -5,7 +5,12 @@ The names follow `torch.distributed` and `torch.distributed.elastic`.
 
 import os
 
-__all__ = ["is_main_process", "launch_id", "local_rank", "rank", "restart_count", "will_restart", "world_size"]
+__all__ = ["cores", "is_main_process", "launch_id", "local_rank", "rank", "restart_count", "will_restart", "world_size"]
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def world_size() -> int:

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["triton_runs"]
+__all__ = ["triton_runs", "triton_version"]
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +20,15 @@ def triton_runs(x: Tensor) -> bool:
     if not x.is_cuda:
         return os.environ.get("TRITON_INTERPRET") == "1"
     return isinstance(x, torch._subclasses.FakeTensor) or _runs_on(x.device)
+
+
+def triton_version() -> str | None:
+    """Of the installed Triton, which comes in distributions of several names; None without one."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 @functools.cache
