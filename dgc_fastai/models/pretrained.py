@@ -8,17 +8,10 @@ import timm
 import torch
 
 from ..layers.gate_schedule import dgc_layers
+from ..recipe.schema import PRETRAINED
 from ..utils.errors import CheckpointError
 
-__all__ = ["PRETRAINED", "load_pretrained"]
-
-PRETRAINED = {
-    "dgc_resnet18": "resnet18",
-    "dgc_resnet34": "resnet34",
-    "dgc_resnet50": "resnet50",
-    "dgc_mobilenetv2_100": "mobilenetv2_100",
-}
-"""Our networks, and those of timm that have the same layout; the dense baselines' names follow."""
+__all__ = ["load_pretrained"]
 
 
 def load_pretrained(network: torch.nn.Module, arch: str, in_chans: int = 3) -> str:
@@ -28,7 +21,7 @@ def load_pretrained(network: torch.nn.Module, arch: str, in_chans: int = 3) -> s
 
     Args:
         network: by `timm.create_model(arch)`, ResNets with `preact=False`.
-        arch: its name, a key of `PRETRAINED`, or with `_dense` after it.
+        arch: its name, a key of `recipe.schema.PRETRAINED`, or with `_dense` after it.
         in_chans: number of channels of the images.
 
     Returns:

@@ -26,6 +26,13 @@ ARCHITECTURES = {
     for name in names
     for baseline in ("", "_dense", "_sgc")
 }
+# Those with a layout that timm has ImageNet weights for, and timm's names; the dense baselines' names follow.
+PRETRAINED = {
+    "dgc_resnet18": "resnet18",
+    "dgc_resnet34": "resnet34",
+    "dgc_resnet50": "resnet50",
+    "dgc_mobilenetv2_100": "mobilenetv2_100",
+}
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Mean and standard deviation of each channel; those of CIFAR and ImageNet are the authors', digit for digit.
@@ -103,9 +110,8 @@ class Model(Section):
     def has_timm_layout(self) -> bool:
         """Whether timm has a network, and ImageNet weights, of this layout."""
         name = self.arch.removesuffix("_dense")
-        return name.startswith("dgc_mobilenetv2") or (
-            name in ("dgc_resnet18", "dgc_resnet34", "dgc_resnet50") and (self.preact is False or name != self.arch)
-        )
+        has_own_norms = "preact" in ARCHITECTURES[self.arch] and name == self.arch and self.preact is not False
+        return name in PRETRAINED and not has_own_norms
 
     def keywords(self) -> dict[str, Any]:
         """Keyword arguments for `timm.create_model`."""

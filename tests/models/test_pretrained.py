@@ -6,7 +6,8 @@ import torch
 
 from dgc_fastai import load_recipe
 from dgc_fastai.models import pretrained
-from dgc_fastai.models.pretrained import PRETRAINED, load_pretrained
+from dgc_fastai.models.pretrained import load_pretrained
+from dgc_fastai.recipe.schema import PRETRAINED
 from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.utils.errors import CheckpointError, RecipeError
 
