@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import models
+    from .analysis.gate_controls import gate_controls, replaced_gates
     from .compression.conversion import convert
     from .inference.deploy import deploy
     from .layers.dynamic_group_conv import DynamicGroupConv2d
     from .layers.gate_schedule import gate_penalty, set_progress
     from .models.checkpoints import load_checkpoint, save_checkpoint
     from .models.cost import budget
+    from .models.gate_statistics import gate_statistics
     from .recipe.loading import load_recipe
     from .training.callbacks import AnnealGates
     from .training.fastai_learner import dgc_learner
@@ -35,10 +37,13 @@ __all__ = [
     "convert",
     "deploy",
     "dgc_learner",
+    "gate_controls",
     "gate_penalty",
+    "gate_statistics",
     "load_checkpoint",
     "load_recipe",
     "models",
+    "replaced_gates",
     "save_checkpoint",
     "set_progress",
 ]
@@ -53,9 +58,12 @@ _MODULES = {
     "convert": "compression.conversion",
     "deploy": "inference.deploy",
     "dgc_learner": "training.fastai_learner",
+    "gate_controls": "analysis.gate_controls",
     "gate_penalty": "layers.gate_schedule",
+    "gate_statistics": "models.gate_statistics",
     "load_checkpoint": "models.checkpoints",
     "load_recipe": "recipe.loading",
+    "replaced_gates": "analysis.gate_controls",
     "save_checkpoint": "models.checkpoints",
     "set_progress": "layers.gate_schedule",
 }

@@ -110,6 +110,7 @@ class DynamicGroupConv2d(nn.Module):
 
     penalty: Tensor | None
     inactive_channels: Tensor
+    gate_observer: Any = None  # called with the kept gates [B, heads, C] of every forward pass
 
     def __init__(
         self,
@@ -200,12 +201,15 @@ class DynamicGroupConv2d(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         """Gates, selection and convolution of normalized x."""
         if not torch.jit.is_scripting():
-            if fused_layer.is_supported(x, self.gates.squeeze):
+            if self._is_fused(x):
                 return self._fused(x, None)
         gates = self.gates(pool(x))
         if self.training:
             self.penalty = gates.mean((0, 2)).sum()
         gates = drop_smallest(gates, self.inactive_channels)
+        if not torch.jit.is_scripting():
+            if self.gate_observer is not None:
+                self.gate_observer(gates)
         return gated_conv2d(x, gates, self.weight, None, None, self.stride, self.padding, self.dilation)
 
     def _add_bias(self, y: Tensor) -> Tensor:
@@ -218,10 +222,17 @@ class DynamicGroupConv2d(nn.Module):
         """All of the layer by the kernels of a GPU; without a norm, x is normalized."""
         gates, geometry = self.gates, fused_layer.Geometry(self.stride, self.padding, self.dilation)
         weights = self.weight, gates.squeeze, gates.excite, gates.bias
-        y, penalty = fused_layer.fused_layer(x, *weights, self.inactive_channels, norm, geometry)
+        y, penalty, kept = fused_layer.fused_layer(x, *weights, self.inactive_channels, norm, geometry)
         if self.training:
             self.penalty = penalty
+        if self.gate_observer is not None:
+            self.gate_observer(kept)
         return y
+
+    @torch.jit.unused
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether `_fused` computes the layer. It calls no hooks of the gates, which may replace them."""
+        return fused_layer.is_supported(x, self.gates.squeeze) and not self.gates._forward_hooks
 
     @torch.jit.unused
     def _recomputes(self) -> bool:
@@ -259,14 +270,17 @@ class DynamicGroupConv2d(nn.Module):
         """Whether norm and ReLU are left to what computes the rest of the layer."""
         return (
             self.preact
-            and fused_layer.is_supported(x, self.gates.squeeze)
+            and self._is_fused(x)
             and fused_layer.folds_norm(self.norm, x)
             and fuses_norm(x, self.weight, self.heads, self.stride, self.padding, self.dilation)
         )
 
     def __getstate__(self) -> dict:
-        # `penalty` hangs on the last forward's graph, which can be neither copied nor pickled.
-        return {**self.__dict__, "penalty": None}
+        # `penalty` hangs on the last forward's graph, which can be neither copied nor pickled; an observer watches this
+        # layer only.
+        state = {**self.__dict__, "penalty": None}
+        state.pop("gate_observer", None)
+        return state
 
     def extra_repr(self) -> str:
         kernel, stride = "x".join(map(str, self.kernel_size)), self.stride[0]

@@ -67,7 +67,7 @@ def fused_layer(
     inactive: Tensor,
     norm: nn.BatchNorm2d | None,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gates from the pooled features, selection and convolution; see `gates` and `reference`. Autograd keeps x and
     nothing as large. Under autocast x is cast. The weight follows x; everything else is float32.
 
@@ -80,7 +80,8 @@ def fused_layer(
             is to be pooled and convolved.
 
     Returns:
-        y [B, O, H', W'], and what sums up to the layer's penalty [B, heads].
+        y [B, O, H', W']; what sums up to the layer's penalty [B, heads]; the kept gates [B, heads, C], without a
+        gradient.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -108,11 +109,12 @@ class _FusedLayer(torch.autograd.Function):
         ctx.save_for_backward(x, weight, filters, squeeze, excite, bias, *selected)
         ctx.norm, ctx.geometry = norm, geometry
         ctx.set_materialize_grads(False)
-        return y, selected.penalty
+        ctx.mark_non_differentiable(selected.gates)
+        return y, selected.penalty, selected.gates
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy, dpenalty):
+    def backward(ctx: Any, dy, dpenalty, _):
         kernels = _kernels()
         x, weight, filters, squeeze, excite, bias, *selected = ctx.saved_tensors
         selected, weights = kernels.Selected(*selected), kernels.Gates(squeeze, excite, bias)
