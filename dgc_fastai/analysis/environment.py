@@ -20,7 +20,7 @@ from ..ops.build import cache_folder, compiler_commands, library_file
 from ..ops.device import select_channels_last, select_device, select_precision
 from ..ops.measured import cache_file, measured_layers
 from ..utils import launch
-from .timing import processor_name
+from ..utils.provenance import git_commit, processor_name
 
 __all__ = ["describe_environment"]
 
@@ -85,7 +85,7 @@ def _known(function: Callable[[], Fact]) -> Fact:
 
 def _versions() -> dict[str, Callable[[], Fact]]:
     return {
-        "dgc_fastai": lambda: " ".join([__version__, *_commit()]),
+        "dgc_fastai": _own_version,
         "python": lambda: sys.version.split()[0],
         "platform": platform.platform,
         "torch": lambda: str(torch.__version__),
@@ -94,17 +94,9 @@ def _versions() -> dict[str, Callable[[], Fact]]:
     }
 
 
-def _commit() -> list[str]:
-    """The commit of a clone, in brackets; nothing for an installed package."""
-    folder = Path(__file__).parents[2]
-    if not (folder / ".git").exists():
-        return []
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [f"({done.stdout.strip()})"]
+def _own_version() -> str:
+    commit = git_commit()
+    return f"{__version__} ({commit})" if commit else __version__
 
 
 def instruction_sets() -> list[str]:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastai
@@ -18,13 +17,14 @@ import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..utils.provenance import processor_name
+
 __all__ = [
     "Measurement",
     "Variant",
     "describe_machine",
     "measure_times",
     "peak_memory",
-    "processor_name",
     "spread",
     "summarize",
 ]
@@ -57,6 +57,7 @@ def measure_times(
     wait: Callable[[], None] = lambda: None,
     notify: Callable[[str], None] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
+    block: float | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of a call of each variant, one number per round, after a warm-up round.
 
@@ -67,7 +68,9 @@ def measure_times(
         rounds: number of rounds after the warm-up, at least one.
         wait: returns when the device has finished its work.
         notify: called with the name of the next variant, while no timer runs.
+        block: seconds of a timed block, by default `MIN_SECONDS`.
     """
+    block = MIN_SECONDS if block is None else block
 
     def seconds(variant: Variant, calls: int) -> float:
         wait()
@@ -85,8 +88,8 @@ def measure_times(
             with variant.setting():
                 if number == 0:
                     variant.call()  # the first call also allocates memory, and may try several kernels
-                    once = max(seconds(variant, 1), MIN_SECONDS / MAX_CALLS)
-                    calls[variant.name] = math.ceil(MIN_SECONDS / once)
+                    once = max(seconds(variant, 1), block / MAX_CALLS)
+                    calls[variant.name] = math.ceil(block / once)
                 else:
                     times[variant.name].append(seconds(variant, calls[variant.name]))
     return times
@@ -164,12 +167,3 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "timm": timm.__version__,
         "fastai": fastai.__version__,
     }
-
-
-def processor_name() -> str:
-    """The processor, as the system calls it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # another operating system, or a processor without a model name
-        return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Commands that measure: benchmark and compare."""
+"""Commands that measure: benchmark, compare and report."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from ..utils.invocation import program
+from ..utils.invocation import display_path, program
 from .app import MEASURE, Overrides, RecipeFile, app, console, load, results
 
 
@@ -81,3 +81,21 @@ def compare(
     from ..analysis.compare import show_comparison
 
     show_comparison(results, [run, *runs])
+
+
+@app.command(
+    group=MEASURE,
+    help_epilogue=f"Examples:\n  {program()} report runs/quickstart-20260101-120000\n"
+    f"  {program()} report runs/quickstart-sweep-20260101-120000 --out sweep.html",
+)
+def report(
+    run: Annotated[Path, Parameter(help="A run folder, or a folder of runs, such as a sweep's.")],
+    /,
+    *runs: Annotated[Path, Parameter(help="More such folders.")],
+    out: Annotated[Path | None, Parameter(help="The file to write; by default report.html in RUN's folder.")] = None,
+) -> None:
+    """Write one HTML page about runs: curves, accuracy against cost and measured latency, classes, mistakes."""
+    with console.status("Starting torch and timm"):
+        from ..analysis.report.build import write_report
+    path = write_report([run, *runs], out, console)
+    results.print(f"Wrote {display_path(path)}.", soft_wrap=True, highlight=False, markup=False)

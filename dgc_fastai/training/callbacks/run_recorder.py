@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 
@@ -16,6 +17,7 @@ from ...utils import launch
 from ...utils.files import write_atomically, write_table
 from ..curves import draw_curves
 from ..diagnosis import Findings, problems
+from ..run_environment import run_environment
 from .order import RUN_RECORDER
 
 
@@ -63,6 +65,10 @@ class RunRecorder(Callback):
             "operations": cost.operations,
             "parameters": cost.parameters,
         }
+
+    def before_fit(self):
+        if launch.is_main_process():
+            self.summary["environment"] = run_environment(torch.device(self.dls.device))
 
     def before_epoch(self):
         self.started = time.monotonic()

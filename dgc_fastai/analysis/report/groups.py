@@ -1,0 +1,94 @@
+"""What several runs have in common: labels, groups over seeds, the Pareto front. Imports no torch."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ...recipe.loading import differences
+from .collect import StoredRun
+
+__all__ = ["common_differences", "group_runs", "label_runs", "pareto_front"]
+
+# Where or how a run was written and computed, which does not make it another experiment.
+IGNORED = "name", "output", "log", "device"
+SEED = "train.seed"
+MAX_LABEL = 48
+
+
+def common_differences(runs: Sequence[StoredRun]) -> list[str]:
+    """The recipe keys, without the seed, in which some of the runs differ."""
+    recipes = [run.recipe for run in runs if run.recipe]
+    keys = {key for recipe in recipes for key in differences(recipes[0], recipe, ignore=IGNORED)}
+    return sorted(keys - {SEED})
+
+
+def label_runs(runs: Sequence[StoredRun], keys: Sequence[str]) -> list[str]:
+    """A label for each run, the same for runs that differ in their seed only: the values of what differs.
+
+    Labels that would be too long are the recipes' names.
+    """
+    names = {run.recipe.name for run in runs if run.recipe}
+    labels: list[str] = []
+    known: dict[tuple, str] = {}
+    for run in runs:
+        values = tuple(recipe_value(run, key) for key in keys)
+        if run.recipe is None:
+            labels.append(run.folder.name)
+        elif values in known:
+            labels.append(known[values])
+        else:
+            parts = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, values) if value != "-"]
+            label = " ".join(parts) or next(iter(names))
+            if len(label) > MAX_LABEL:
+                label = run.recipe.name
+            if label in known.values():
+                label = run.folder.name
+            known[values] = label
+            labels.append(label)
+    return labels
+
+
+def recipe_value(run: StoredRun, key: str) -> str:
+    """The value of a recipe's key as text; "-" if there is none."""
+    value: Any = run.recipe
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return "-" if value is None else json.dumps(value, ensure_ascii=False).strip('"')
+
+
+def group_runs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of runs with one label as one: mean and standard error of the accuracy over seeds, cost, latency.
+
+    Args:
+        rows: with "label", "id", "top_1", "macs" and "ms", the last three None if unknown.
+    """
+    labels = dict.fromkeys(row["label"] for row in rows)
+    groups = []
+    for label in labels:
+        own = [row for row in rows if row["label"] == label]
+        found = [row["top_1"] for row in own if row["top_1"] is not None]
+        groups.append(
+            {
+                "label": label,
+                "runs": [row["id"] for row in own],
+                "seeds": len(found),
+                "top_1": statistics.fmean(found) if found else None,
+                "error": statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None,
+                "macs": next((row["macs"] for row in own if row["macs"] is not None), None),
+                "ms": next((row["ms"] for row in own if row["ms"] is not None), None),
+            }
+        )
+    return groups
+
+
+def pareto_front(groups: Sequence[dict[str, Any]], cost: str) -> list[str]:
+    """The labels of the groups that no other beats: none is as accurate at a lower cost, or better at the same cost."""
+    known = [group for group in groups if group["top_1"] is not None and group[cost] is not None]
+    front: list[str] = []
+    best = float("-inf")
+    for group in sorted(known, key=lambda group: (group[cost], -group["top_1"])):
+        if group["top_1"] > best:
+            front.append(group["label"])
+            best = group["top_1"]
+    return front

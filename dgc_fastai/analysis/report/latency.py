@@ -1,0 +1,77 @@
+"""Measured latency of deployed networks, beside their dense baselines."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...inference.deploy import deploy
+from ...inference.predict import Predictor
+from ...models.factory import build_model
+from ...ops.device import select_channels_last, select_device
+from ..benchmark_plan import device_wait, gated_name
+from ..timing import Variant, describe_machine, measure_times, spread
+
+__all__ = ["dense_baseline", "describe_here", "measure_latency"]
+
+MANY = 8  # networks, from which on each is timed for less long
+TIMING, TIMING_MANY = (7, 0.1), (5, 0.02)  # rounds, and seconds of a network in each
+MAX_BATCH = 64
+
+
+def describe_here() -> dict[str, Any]:
+    """The machine that this process measures on."""
+    return describe_machine(select_device("auto"))
+
+
+def dense_baseline(predictor: Predictor) -> nn.Module | None:
+    """The network with an ordinary convolution in place of each DGC layer, with random weights; None if it is that."""
+    recipe, arch = predictor.recipe, predictor.recipe.model.arch
+    dense = gated_name(arch) + "_dense"
+    if dense == arch:
+        return None
+    model = recipe.model.model_copy(update={"arch": dense, "pretrained": False})
+    return build_model(model, len(predictor.classes), recipe.data.input_size)
+
+
+def measure_latency(
+    networks: Mapping[str, nn.Module],
+    input_sizes: Mapping[str, tuple[int, int, int]],
+    batches: Sequence[int] = (1,),
+    notify: Callable[[str], None] = lambda name: None,
+) -> dict[str, dict[int, dict[str, float]]]:
+    """Milliseconds of a call of each network, deployed, on the device that `auto` selects here, by name and batch size.
+
+    All are timed in turn, so that a machine that becomes slower does so for all.
+
+    Args:
+        networks: by name; they are moved to the device.
+        input_sizes: by the same names, channels, height and width.
+        notify: called with the name of the next network, while no timer runs.
+
+    Returns:
+        Median, minimum and maximum over the rounds, by name and by number of images in a batch.
+    """
+    device = select_device("auto")
+    forms = {name: deploy(network.to(device)) for name, network in networks.items()}
+    memory_format = torch.channels_last if select_channels_last(None, device) else torch.contiguous_format
+    rounds, block = TIMING if len(networks) < MANY else TIMING_MANY
+    result: dict[str, dict[int, dict[str, float]]] = {name: {} for name in networks}
+    for batch in batches:
+        variants = []
+        for name, form in forms.items():
+            images = torch.randn(batch, *input_sizes[name], generator=torch.Generator().manual_seed(0))
+            images = images.to(device, memory_format=memory_format)
+            variants.append(Variant(name, nullcontext, partial(_call, form, images)))
+        times = measure_times(variants, rounds, device_wait(device), notify, block=block)
+        for name, seconds in times.items():
+            result[name][batch] = spread([1000 * one for one in seconds])
+    return result
+
+
+@torch.inference_mode()
+def _call(network: nn.Module, images: torch.Tensor) -> None:
+    network(images)

@@ -1,0 +1,138 @@
+"""What a report measures of stored runs: cost by layer, latency, and validation images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ...inference.predict import Predictor
+from ...layers.gate_schedule import dgc_layers
+from ...models.cost import budget
+from ...utils.errors import UserError
+from .collect import StoredRun
+from .evaluation import evaluate_validation
+from .latency import MAX_BATCH, dense_baseline, measure_latency
+
+__all__ = ["MeasuredRun", "measure_runs"]
+
+MAX_EVALUATED = 4  # of several runs: the best ones
+
+Show = Callable[[str], None]
+
+
+class MeasuredRun:
+    """A stored run, its network, and what was measured of it."""
+
+    def __init__(self, run: StoredRun):
+        self.run = run
+        self.predictor: Predictor | None = None
+        self.layers: list[dict[str, Any]] | None = None
+        self.latency: list[dict[str, Any]] | None = None
+        self.evaluation: dict[str, Any] | None = None
+        self.gates = run.gates
+        self.is_gated = any((row.get("inactive") or 0) > 0 for row in run.history)
+        if run.weights:
+            try:
+                self.predictor = Predictor.from_weights(run.weights)
+            except UserError as error:
+                run.missing.append(f"The weights cannot be read: {error}")
+        if self.predictor:
+            self._count_cost(self.predictor)
+
+    @property
+    def top_1(self) -> float | None:
+        """Of the best epoch, in [0, 1]."""
+        return (self.run.summary.get("best") or {}).get("top_1")
+
+    @property
+    def form(self) -> tuple | None:
+        """What the speed of the network depends on; None without a network."""
+        if self.predictor is None:
+            return None
+        inactive = [int(layer.inactive_channels) for layer in dgc_layers(self.predictor.model)]
+        model, data = self.predictor.recipe.model, self.predictor.recipe.data
+        return model.model_dump_json(), data.input_size, len(self.predictor.classes), tuple(inactive)
+
+    def _count_cost(self, predictor: Predictor) -> None:
+        self.is_gated = bool(dgc_layers(predictor.model))
+        try:
+            cost = budget(predictor.model, predictor.recipe.data.input_size)
+        except ValueError as error:
+            self.run.missing.append(f"Cost by layer: {error}")
+            return
+        self.layers = [asdict(layer) for layer in cost.layers]
+
+
+def measure_runs(runs: Sequence[MeasuredRun], seconds: float | None, show: Show) -> None:
+    """Measure what the runs' folders do not hold; what cannot be measured is said in `missing`.
+
+    Args:
+        seconds: leave out evaluations that would take longer.
+        show: called with what is measured next.
+    """
+    _measure_latency(runs, show)
+    _evaluate(runs, seconds, show)
+
+
+def _measure_latency(runs: Sequence[MeasuredRun], show: Show) -> None:
+    forms: dict[tuple, list[MeasuredRun]] = {}
+    for run in runs:
+        if run.form is not None:
+            forms.setdefault(run.form, []).append(run)
+    networks: dict[str, nn.Module] = {}
+    sizes: dict[str, tuple[int, int, int]] = {}
+    keys: dict[tuple, tuple[str, str | None]] = {}
+    for number, (form, own) in enumerate(forms.items()):
+        predictor = own[0].predictor
+        assert predictor is not None
+        name = f"network {number + 1}"
+        networks[name], sizes[name] = predictor.model, predictor.recipe.data.input_size
+        keys[form] = name, _add_baseline(predictor, networks, sizes)
+    if not networks:
+        return
+    largest = max(run.predictor.recipe.data.batch_size for run in runs if run.predictor)
+    batches = (1, min(largest, MAX_BATCH)) if len(forms) == 1 and largest > 1 else (1,)
+    times = measure_latency(networks, sizes, batches, lambda name: show(f"Timing {name} of {len(networks)}"))
+    for form, own in forms.items():
+        name, dense = keys[form]
+        rows = [
+            {"batch": batch, "deployed": times[name][batch], "dense": times[dense][batch] if dense else None}
+            for batch in batches
+        ]
+        for run in own:
+            run.latency = rows
+
+
+def _add_baseline(
+    predictor: Predictor, networks: dict[str, nn.Module], sizes: dict[str, tuple[int, int, int]]
+) -> str | None:
+    """Add the dense baseline of a network, unless it is there: its name; None if the network is dense itself."""
+    baseline = dense_baseline(predictor)
+    if baseline is None:
+        return None
+    size = predictor.recipe.data.input_size
+    shapes = [(key, tuple(value.shape)) for key, value in baseline.state_dict().items()]
+    name = f"baseline {hash((size, tuple(shapes)))}"
+    networks[name], sizes[name] = baseline, size
+    return name
+
+
+def _evaluate(runs: Sequence[MeasuredRun], seconds: float | None, show: Show) -> None:
+    able = [run for run in runs if run.predictor]
+    chosen = sorted(able, key=lambda run: -(run.top_1 or 0))[:MAX_EVALUATED] if len(able) > 1 else able
+    for run in able:
+        if run not in chosen:
+            run.run.missing.append(f"Accuracy by class: of several runs, only the {MAX_EVALUATED} best are evaluated.")
+    for run in chosen:
+        assert run.predictor is not None
+        notify = partial(_show_batches, show, run.run.folder.name)
+        try:
+            run.evaluation = evaluate_validation(run.predictor, seconds, notify)
+        except UserError as error:
+            run.run.missing.append(f"Accuracy by class, confusions and mistakes: {error}.")
+
+
+def _show_batches(show: Show, name: str, done: int, batches: int) -> None:
+    show(f"Evaluating {name}: {done} of {batches} batches")

@@ -1,0 +1,241 @@
+"""report: what it reads of run folders, measures, and writes; the page in a browser is in test_report_browser.py."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from dgc_fastai.analysis.report import evaluation as evaluation_module
+from dgc_fastai.analysis.report import latency
+from dgc_fastai.analysis.report.build import page_data, write_report
+from dgc_fastai.analysis.report.collect import find_runs, read_stored_run, unstarted_runs
+from dgc_fastai.analysis.report.evaluation import evaluate_validation
+from dgc_fastai.analysis.report.groups import common_differences, group_runs, label_runs, pareto_front
+from dgc_fastai.analysis.report.measure import MeasuredRun
+from dgc_fastai.analysis.report.page import plain, render
+from dgc_fastai.data.loaders import build_dataloaders
+from dgc_fastai.inference.predict import Predictor
+from dgc_fastai.utils.errors import UserError
+from helpers.datasets import write_imagenet
+from helpers.stored_runs import store_run
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+    """Times that are not looked at need not be exact."""
+    monkeypatch.setattr(latency, "TIMING", (1, 1e-6))
+    monkeypatch.setattr(latency, "TIMING_MANY", (1, 1e-6))
+
+
+def content(page):
+    """The data of a page, as its scripts read them."""
+    (text,) = re.findall('<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    return json.loads(text)
+
+
+def read(folder):
+    return content(write_report([folder]).read_text())["runs"][0]
+
+
+def test_a_run_has_everything(tmp_path):
+    run = read(store_run(tmp_path / "run", environment={"command": "dgc quickstart"}))
+    assert (
+        run["state"] == "finished"
+        and run["epochs"] == [16, 16]
+        and run["phases"] == pytest.approx([16 / 12, 12], rel=1e-5)
+    )
+    assert run["history"]["epoch"] == list(range(1, 17)) and run["top_1"] == pytest.approx(0.9)
+    assert sum(layer["macs"] for layer in run["layers"]) == run["macs"] < run["summary"]["macs_dense"]
+    assert [row["batch"] for row in run["latency"]] == [1, 64]
+    for row in run["latency"]:
+        for kind in ("deployed", "dense"):
+            assert 0 < row[kind]["min"] <= row[kind]["median"] <= row[kind]["max"]
+    assert run["ms"] == run["latency"][0]["deployed"]["median"] and run["evaluation"]["images"] == 360
+    assert [line.partition(":")[0] for line in run["missing"]] == ["What the gates select"]
+
+
+def test_a_baseline_has_no_gates_and_no_baseline(tmp_path):
+    run = read(store_run(tmp_path / "run", "model.arch=dgc_densenet86_dense", environment={"command": "x"}))
+    assert all(row["dense"] is None for row in run["latency"]) and run["dense_ms"] is None
+    assert run["missing"] == []
+
+
+def test_evaluation_is_that_of_a_plain_loop(tmp_path):
+    predictor = Predictor.from_weights(store_run(tmp_path / "run", "data.batch_size=100"))
+    found = evaluate_validation(predictor)
+    images, truth = (
+        torch.cat(parts) for parts in zip(*build_dataloaders(predictor.recipe.data, torch.device("cpu")).valid)
+    )
+    with torch.no_grad():
+        probabilities = predictor.model(images.as_subclass(torch.Tensor)).softmax(1)
+    score, guess = probabilities.max(1)
+    pairs = list(zip(truth.tolist(), guess.tolist()))
+    assert found["matrix"] == [[pairs.count((row, column)) for column in range(10)] for row in range(10)]
+    assert found["top_1"] == sum(one == other for one, other in pairs) / 360
+    assert [one["images"] for one in found["classes"]] == [truth.tolist().count(number) for number in range(10)]
+    wrong = sorted((index for index, (one, other) in enumerate(pairs) if one != other), key=lambda n: -score[n])
+    assert len(found["mistakes"]) == 24 and found["mistakes"][0]["name"] == f"validation image {wrong[0]}"
+    for mistake, index in zip(found["mistakes"], wrong):
+        assert mistake["probability"] == pytest.approx(float(score[index]), abs=1e-4)
+    assert all(one["picture"].startswith("data:image/png;base64,") for one in found["mistakes"])
+    times = [one["images"] for one in found["confusions"]]
+    assert times == sorted(times, reverse=True) and sum(times) == len(wrong) if len(times) < 30 else True
+
+
+def test_an_evaluation_that_would_take_too_long_is_left_out(tmp_path, monkeypatch):
+    predictor = Predictor.from_weights(store_run(tmp_path / "run", "data.batch_size=10"))
+    clock = iter(range(0, 1000, 1))
+    monkeypatch.setattr(evaluation_module.time, "monotonic", lambda: float(next(clock)))
+    seen = []
+    with pytest.raises(UserError, match="it would have taken about 36 s"):
+        evaluate_validation(predictor, 20, lambda done, of: seen.append((done, of)))
+    assert seen == [(1, 36), (2, 36), (3, 36)]  # as soon as it is clear
+
+
+def test_mistakes_in_image_files_have_their_names(tmp_path):
+    data = write_imagenet(tmp_path / "data", ("cat", "dog"))
+    overrides = ["data.name=folder", f"data.path={data}", "data.size=64", "data.batch_size=3"]
+    found = evaluate_validation(Predictor.from_weights(store_run(tmp_path / "run", *overrides, classes=["cat", "dog"])))
+    assert found["images"] == 4
+    for one in found["mistakes"]:
+        assert one["name"].startswith(f"{one['true']}/{one['true']}_") and one["picture"].startswith("data:image/jpeg")
+    assert found["mistakes"]
+
+
+def test_data_that_are_gone_or_changed_are_missing(tmp_path):
+    data = write_imagenet(tmp_path / "data", ("cat", "dog"))
+    overrides = ["data.name=folder", f"data.path={data}", "data.size=16"]
+    folder = store_run(tmp_path / "run", *overrides, classes=["cat", "cow"])
+    assert any("other classes" in line for line in read(folder)["missing"])
+    data.rename(tmp_path / "moved")
+    run = read(folder)
+    assert any("there is no folder" in line for line in run["missing"]) and run["evaluation"] is None and run["latency"]
+
+
+def old_version(folder):
+    (folder / "best.safetensors").unlink()
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(
+        json.dumps({name: summary[name] for name in ("name", "macs") if name in summary})
+    )
+    history = (folder / "history.csv").read_text().replace("gate_penalty", "lasso")
+    (folder / "history.csv").write_text(history)
+
+
+def unknown_recipe(folder):
+    (folder / "recipe.yaml").write_text("name: old\nnetwork: {kind: x}\n")
+
+
+def truncate(folder):
+    (folder / "history.csv").write_text("epoch,top_1\n1,0.5\n2,nan\nx,\n")
+    (folder / "summary.json").write_text("{")
+    (folder / "best.safetensors").write_bytes(b"nothing")
+
+
+def recipe_only(folder):
+    for name in ("history.csv", "summary.json", "best.safetensors"):
+        (folder / name).unlink()
+
+
+DAMAGES = {
+    old_version: ["no best.safetensors", "did not keep them"],
+    unknown_recipe: ["cannot read the recipe"],
+    truncate: ["summary.json cannot be read", "history.csv are damaged", "The weights cannot be read"],
+    recipe_only: ["No epoch was finished", "no history.csv", "ended after 0 epochs of 16"],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_what_is_missing_is_said(tmp_path, damage):
+    folder = store_run(tmp_path / "run")
+    damage(folder)
+    missing = "\n".join(read(folder)["missing"])
+    for phrase in DAMAGES[damage]:
+        assert phrase in missing, missing
+
+
+def test_a_stopped_run_says_how_far_it_is(tmp_path):
+    folder = store_run(tmp_path / "run", epochs=5)
+    assert read(folder)["state"] == "stopped"
+    (folder / "state.pt").touch()
+    run = read(folder)
+    assert run["state"] == "interrupted" and "5 epochs of 16" in run["missing"][0] and "--resume" in run["missing"][0]
+
+
+def test_runs_are_found_once(tmp_path):
+    for name in ("b/2", "b/1", "a"):
+        store_run(tmp_path / name, weights=False)
+    (tmp_path / "b" / "plan").mkdir()
+    for name in ("1", "3"):
+        (tmp_path / "b" / "plan" / f"{name}.yaml").touch()
+    names = [folder.relative_to(tmp_path).as_posix() for folder in find_runs([tmp_path / "b", tmp_path])]
+    assert names == ["b/1", "b/2", "a"]
+    (tmp_path / "b" / "1").rename(tmp_path / "b" / "1-20260101-000000")
+    assert unstarted_runs(tmp_path / "b") == ["3"]
+
+
+def test_folders_without_a_run_are_refused(app, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    assert "there is no run in it" in app("report", "empty", cwd=tmp_path, expect=2)
+    assert "is a file" in app("report", "file", cwd=tmp_path, expect=2)
+    assert "no such folder" in app("report", "nothing", cwd=tmp_path, expect=2)
+
+
+def test_the_command_writes_into_the_run(app, tmp_path):
+    store_run(tmp_path / "run", weights=False)
+    assert app("report", "run", cwd=tmp_path) == "Wrote run/report.html.\n"
+    assert (tmp_path / "run" / "report.html").is_file()
+    store_run(tmp_path / "other", weights=False)
+    assert app("report", "run", "other", "--out", "x.html", cwd=tmp_path) == "Wrote x.html.\n"
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(tmp_path):
+    for number, (factor, seed) in enumerate([(0.25, 0), (0.25, 1), (0.5, 0)]):
+        overrides = [f"model.gate_factor={factor}", f"train.seed={seed}", f"name=r{number}"]
+        store_run(tmp_path / f"r{number}", *overrides, weights=False)
+    runs = [read_stored_run(folder) for folder in find_runs([tmp_path])]
+    keys = common_differences(runs)
+    assert keys == ["model.gate_factor"]
+    assert label_runs(runs, keys) == ["gate_factor=0.25", "gate_factor=0.25", "gate_factor=0.5"]
+
+
+def test_groups_have_the_standard_error_of_the_mean():
+    rows = [dict(id=n, label="a", top_1=top_1, macs=1, ms=None) for n, top_1 in enumerate([0.1, 0.3, None])]
+    (group,) = group_runs(rows)
+    assert group["top_1"] == pytest.approx(0.2) and group["error"] == pytest.approx(0.1) and group["seeds"] == 2
+
+
+def test_the_front_is_what_nothing_beats():
+    costs = {
+        "cheap": (1, 0.5),
+        "worse": (2, 0.4),
+        "same": (1, 0.4),
+        "best": (3, 0.9),
+        "dear": (4, 0.9),
+        "none": (None, 1),
+    }
+    groups = [dict(label=name, macs=cost, top_1=top_1) for name, (cost, top_1) in costs.items()]
+    assert pareto_front(groups, "macs") == ["cheap", "best"]
+
+
+def test_numbers_are_short_and_finite():
+    values = {"a": [math.nan, math.inf, 0.123456789, 3.0], 1: (True, None, "x")}
+    assert plain(values) == {"a": [None, None, 0.123457, 3], "1": [True, None, "x"]}
+
+
+def test_nothing_of_a_run_is_markup(tmp_path):
+    evil = "</script><script>alert(1)</script><!--"
+    folder = store_run(tmp_path / "run", weights=False, problems=[evil])
+    data = page_data(evil, [MeasuredRun(read_stored_run(folder))])
+    page = render(data)
+    assert content(page)["runs"][0]["summary"]["problems"] == [evil]
+    assert "<script>alert" not in page and "<!--" not in page.split('id="data">')[1].split("</script>")[0]
+
+
+def test_a_page_has_no_address_to_fetch(tmp_path):
+    page = write_report([store_run(tmp_path / "run", weights=False)]).read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert "default-src 'none'" in page
