@@ -9,7 +9,7 @@ from cyclopts import CycloptsError, Parameter
 from ..utils import launch
 from ..utils.errors import Interrupted, LostProcess, UserError, out_of_memory
 from ..utils.invocation import program
-from . import environment, measure, start, train, use  # noqa: F401  (they add their commands)
+from . import environment, gates, measure, start, train, use  # noqa: F401  (they add their commands)
 from .app import OPTIONS, app, errors, set_quiet
 
 # The options of every command.

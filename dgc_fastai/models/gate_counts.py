@@ -25,9 +25,7 @@ def named_dgc_layers(model: nn.Module) -> dict[str, DynamicGroupConv2d]:
     """
     found = {name: one for name, one in model.named_modules() if isinstance(one, DynamicGroupConv2d)}
     if not found:
-        raise UserError(
-            f"{type(model).__name__} has no DGC layers, whose gates could be looked at; nor has a deployed network"
-        )
+        raise UserError(f"the network ({type(model).__name__}) has no DGC layers; nor has one that was deployed")
     return found
 
 
