@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import models
     from .analysis.gate_controls import gate_controls, replaced_gates
-    from .compression.conversion import convert
     from .inference.deploy import deploy
     from .layers.dynamic_group_conv import DynamicGroupConv2d
     from .layers.gate_schedule import gate_penalty, set_progress
     from .models.checkpoints import load_checkpoint, save_checkpoint
+    from .models.conversion import convert
     from .models.cost import budget
     from .models.gate_statistics import gate_statistics
     from .recipe.loading import load_recipe
-    from .training.callbacks import AnnealGates
+    from .training.callbacks import AnnealGates, Distillation
     from .training.fastai_learner import dgc_learner
     from .training.run import build_learner
     from .utils.errors import CheckpointError, RecipeError
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AnnealGates",
     "CheckpointError",
+    "Distillation",
     "DynamicGroupConv2d",
     "RecipeError",
     "budget",
@@ -51,11 +52,12 @@ __all__ = [
 _MODULES = {
     "AnnealGates": "training.callbacks",
     "CheckpointError": "utils.errors",
+    "Distillation": "training.callbacks",
     "DynamicGroupConv2d": "layers.dynamic_group_conv",
     "RecipeError": "utils.errors",
     "budget": "models.cost",
     "build_learner": "training.run",
-    "convert": "compression.conversion",
+    "convert": "models.conversion",
     "deploy": "inference.deploy",
     "dgc_learner": "training.fastai_learner",
     "gate_controls": "analysis.gate_controls",

@@ -16,7 +16,7 @@ from ..layers.gate_schedule import dgc_layers, gate_penalty, set_progress
 from ..models.factory import build_model, prepare
 from ..ops.device import resolve, select_device, use_device
 from ..ops.selection import use_backend
-from ..recipe.schema import Data, Recipe
+from ..recipe.schema import Data, Model, Recipe
 from ..training.learner import assemble
 from ..utils.errors import RecipeError
 from .throughput import Source, pipeline_sources, repeat
@@ -99,23 +99,38 @@ def device_wait(device: torch.device) -> Callable[[], None]:
 
 
 def _networks(recipe: Recipe, classes: int, device: torch.device) -> dict[str, nn.Module]:
-    """The gated network, under "", and its baselines, under the suffixes of their names."""
+    """The gated network, under "", and its baselines, under the suffixes of their names.
+
+    Raises:
+        RecipeError: no network of these has gates.
+    """
     networks = {}
-    for suffix in ("", "_dense", "_sgc"):
-        model = recipe.model.model_copy(update={"arch": gated_name(recipe.model.arch) + suffix})
+    for suffix, model in _models(recipe.model).items():
         network = build_model(model, classes, recipe.data.input_size)
         networks[suffix] = prepare(network, recipe.train, device)
     return networks
 
 
-def _variants(progresses: Sequence[float]) -> list[tuple[str, str, float, str | None]]:
+def _models(model: Model) -> dict[str, Model]:
+    if model.convert:
+        return {"": model, "_dense": model.dense}
+    if model.is_foreign:
+        raise RecipeError(f"model.convert: {model.arch} has no gates to benchmark without it; set it")
+    name = gated_name(model.arch)
+    return {suffix: model.model_copy(update={"arch": name + suffix}) for suffix in ("", "_dense", "_sgc")}
+
+
+def _variants(progresses: Sequence[float], has_static_groups: bool) -> list[tuple[str, str, float, str | None]]:
     """Name, network, progress and backend of each variant; the baseline comes twice, to show the noise."""
     gated = [
         (f"{name} at {progress:g}", "", progress, backend)
         for name, backend in (("reference", "reference"), ("ours", None))
         for progress in progresses
     ]
-    return [(BASELINE, "_dense", 0.0, None), ("sgc", "_sgc", 0.0, None), *gated, (BASELINE_AGAIN, "_dense", 0.0, None)]
+    baselines = [(BASELINE, "_dense", 0.0, None)]
+    if has_static_groups:
+        baselines.append(("sgc", "_sgc", 0.0, None))
+    return [*baselines, *gated, (BASELINE_AGAIN, "_dense", 0.0, None)]
 
 
 def _training_measurement(
@@ -124,7 +139,7 @@ def _training_measurement(
     steps = {suffix: training_step(recipe, network, images, labels) for suffix, network in networks.items()}
     variants = [
         Variant(name, partial(_network_state, networks[suffix], True, progress, backend), steps[suffix])
-        for name, suffix, progress, backend in _variants((0.0, 0.5, 1.0))
+        for name, suffix, progress, backend in _variants((0.0, 0.5, 1.0), "_sgc" in networks)
     ]
     return Measurement("training step", len(images), variants, with_memory=True)
 
@@ -148,7 +163,7 @@ def _inference_measurement(
             partial(_network_state, networks[suffix], False, progress, backend),
             partial(_infer, recipe, networks[suffix], images),
         )
-        for name, suffix, progress, backend in _variants((1.0,))
+        for name, suffix, progress, backend in _variants((1.0,), "_sgc" in networks)
     )
     for name, form in forms.items():
         form = _compiled(form, images.device) if "compiled" in name else form

@@ -75,7 +75,7 @@ def show_result(console: Console, folder: Path) -> None:
         f"Best: top-1 {100 * best['top_1']:.2f} % in epoch {best['epoch']}, with {100 * best['inactive']:.0f} % of the "
         f"channels inactive; {_millions(summary['macs'])} MACs, {share} of dense.",
         f"Its weights: {place}/best.safetensors"
-        + (f" (started from timm's {summary['starts_from']})" if summary.get("starts_from") else ""),
+        + (f" (started from {summary['starts_from']})" if summary.get("starts_from") else ""),
         f"To classify images: {program()} predict {place} IMAGE ...",
     ]
     for line in lines:

@@ -49,7 +49,7 @@ def train(
     plan = load(recipe, overrides)
     from ..recipe.machine import check_machine
 
-    check_machine(plan)
+    check_machine(plan, resume)
     with console.status("Starting torch and fastai, reading the data"):
         from ..ops.device import use_device
         from ..training.collectives import destroy_process_group, init_process_group
@@ -64,7 +64,7 @@ def train(
     show_recipe(console, run.recipe)
     show_cost(console, run.cost)
     if run.starts_from:
-        console.print(f"Starts from timm's weights {run.starts_from}.", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"Starts from {run.starts_from}.", soft_wrap=True, highlight=False, markup=False)
     if found:
         console.print(found, soft_wrap=True, highlight=False, markup=False)
     try:

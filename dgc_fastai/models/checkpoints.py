@@ -5,6 +5,7 @@ No code from a file is executed: safetensors files cannot contain any, and PyTor
 
 import re
 import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,18 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
         CheckpointError: the file is missing, damaged, not a checkpoint, or of another network. The model is
             then unchanged.
     """
-    path = Path(path)
-    state = _read(path)
-    try:
-        state = _translate(state)
-    except (IndexError, RuntimeError, TypeError) as error:  # heads of unequal shapes, names that are numbers
-        reason = str(error).split("\n")[0][:120]
-        raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {reason}") from None
-    _check_fit(model, state, path)
+    state = translate(read_tensors(Path(path)), model, path)
+    check_fit(model, state, path)
     model.load_state_dict(state)
     return model
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of the state dict in a PyTorch file, by name.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, holds more than weights, or no state dict.
+    """
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -80,8 +80,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         lines = str(error).strip().split("\n")
         detail = next((line for line in lines if "Unsupported" in line), lines[0]).strip()[:120]
         raise CheckpointError(f"{path}: cannot read the checkpoint: {reason} ({detail})") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    state = content
+    for key in ("state_dict_ema", "state_dict", "model"):  # timm's averaged weights, the authors', fastai's
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            state = content[key]
+            break
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not state or not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: cannot read the checkpoint: it holds no state_dict")
     return state
 
@@ -100,12 +105,28 @@ _HEAD = re.compile(r"^(.*?)headconv_(\d+)\.(conv\.weight|fc1\.weight|fc2\.weight
 _HEAD_NAMES = {"fc1.weight": "gates.squeeze", "fc2.weight": "gates.excite", "fc2.bias": "gates.bias"}
 
 
-def _translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' state dict with our names and the heads in one tensor; one of ours as it is."""
+def translate(state: dict[str, Tensor], network: nn.Module | None = None, source: str | Path = "") -> dict[str, Tensor]:
+    """The authors' state dict with our names and the heads in one tensor; one of ours as it is.
+
+    Args:
+        network: names of its own stay.
+        source: of the tensors, for errors.
+
+    Raises:
+        CheckpointError: the heads of a layer have other shapes than each other, or names are not text.
+    """
+    try:
+        return _translate(state, network.state_dict() if network else ())
+    except (IndexError, RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0][:120]
+        raise CheckpointError(f"{source}: does not fit {type(network).__name__}: {reason}") from None
+
+
+def _translate(state: dict[str, Tensor], known: Container[str]) -> dict[str, Tensor]:
     ours: dict[str, Any] = {}
     heads: dict[tuple[str, str], dict[int, Tensor]] = {}
     for name, tensor in state.items():
-        for pattern, replacement in _RENAMES:
+        for pattern, replacement in _RENAMES if name not in known else ():
             name = re.sub(pattern, replacement, name)
         head = _HEAD.match(name)
         if head:
@@ -129,7 +150,7 @@ def _can_copy(source: Tensor, target: Tensor) -> bool:
     return plain and source.is_floating_point() == target.is_floating_point() and not source.is_complex()
 
 
-def _saved_arch(path: Path) -> str | None:
+def _saved_arch(path: str | Path) -> str | None:
     """timm's name of the network in the weights of a run, which carry their recipe; None for other files."""
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -139,7 +160,16 @@ def _saved_arch(path: Path) -> str | None:
         return None
 
 
-def _check_fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Check that tensors are those of a network.
+
+    Args:
+        path: of the tensors, for errors; a run's weights tell their network.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, of another shape or type, or a layer's number of inactive
+            channels is none.
+    """
     expected = model.state_dict()
     problems = []
     for kind, names in (

@@ -42,6 +42,8 @@ class Budget:
     """The authors' count, as published: MACs with `gate_factor * channels` channels kept, not rounded, plus one
     operation for each value that a ReLU, a pooling window or a gate reads, and for each bias."""
     parameters: int
+    output: tuple[int, ...] = ()
+    """Shape of the network's output, without the batch; empty if it is no single tensor."""
 
     @property
     def macs(self) -> int:
@@ -74,12 +76,13 @@ def budget(model: nn.Module, input_size: int | Sequence[int]) -> Budget:
     with torch.no_grad(), counter:
         try:
             # The meta device computes shapes only.
-            counter.shadow(torch.empty(1, *shape, device="meta"))
+            output = counter.shadow(torch.empty(1, *shape, device="meta"))
         except (RuntimeError, AssertionError, IndexError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the network cannot take images of {shape}: {reason}") from None
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Budget(tuple(counter.layers), counter.operations, parameters)
+    output_shape = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
+    return Budget(tuple(counter.layers), counter.operations, parameters, output_shape)
 
 
 class _Counter:

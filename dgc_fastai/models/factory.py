@@ -1,5 +1,7 @@
 """The model section of a recipe -> a network, and its cost."""
 
+from typing import Any
+
 import timm
 import torch
 
@@ -7,6 +9,8 @@ from .. import models  # noqa: F401  (registers the networks)
 from ..ops.device import select_channels_last
 from ..recipe.schema import Model, Train
 from ..utils.errors import RecipeError
+from ..utils.text import did_you_mean
+from .conversion import convert
 from .cost import Budget, budget
 
 MAX_PARAMETERS = 2 * 10**9
@@ -22,11 +26,24 @@ def network_cost(model: Model, classes: int, input_size: InputSize) -> Budget:
         input_size: channels, height and width of an image.
 
     Raises:
-        RecipeError: the network's keywords do not go together, or do not fit the size of the images.
+        RecipeError: there is no such network, its keywords do not go together, or do not fit the size of the images;
+            or it has nothing to convert.
+    """
+    with torch.device("meta"):
+        network = create_model(model, classes, input_size)
+    return checked_cost(network, classes, input_size)
+
+
+def checked_cost(network: torch.nn.Module, classes: int, input_size: InputSize) -> Budget:
+    """The cost of a network that exists.
+
+    Raises:
+        RecipeError: it cannot take images of this size, has other classes, or is too large to try.
     """
     try:
-        with torch.device("meta"):
-            cost = budget(create_model(model, classes, input_size), input_size)
+        cost = budget(network, input_size)
+        if cost.output != (classes,):
+            raise ValueError(f"the output for an image is {cost.output or 'no tensor'}, not one of {classes} classes")
         if cost.parameters > MAX_PARAMETERS:
             raise ValueError(f"{cost.parameters:,} parameters; {MAX_PARAMETERS:,} is the most that is tried")
         return cost
@@ -45,7 +62,38 @@ def build_model(model: Model, classes: int, input_size: InputSize) -> torch.nn.M
 
 def create_model(model: Model, classes: int, input_size: InputSize) -> torch.nn.Module:
     """`build_model` for a caller that has checked `network_cost` already."""
-    return timm.create_model(model.arch, num_classes=classes, in_chans=input_size[0], **model.keywords())
+    return convert_model(create_unconverted(model, classes, input_size), model, input_size)
+
+
+def create_unconverted(model: Model, classes: int, input_size: InputSize) -> torch.nn.Module:
+    """The network of `create_model` before `model.convert`."""
+    sizes: dict[str, Any] = {"num_classes": classes, "in_chans": input_size[0]}
+    if not model.is_foreign:
+        try:
+            return timm.create_model(model.arch, **sizes, **model.keywords())
+        except ValueError as error:
+            raise RecipeError(f"model: {error}") from None
+    if not timm.is_model(model.arch):
+        raise RecipeError(f"model.arch: no network {model.arch!r}{did_you_mean(model.arch, timm.list_models())}")
+    try:
+        return timm.create_model(model.arch, **sizes, **model.keywords())
+    except Exception as error:  # each of timm's families raises its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"model.arch: timm cannot make {model.arch}: {reason}") from None
+
+
+def convert_model(network: torch.nn.Module, model: Model, input_size: InputSize) -> torch.nn.Module:
+    """Give a network the DGC layers that `model.convert` describes, if there is one; in place.
+
+    Raises:
+        RecipeError: there is nothing to convert.
+    """
+    if not model.convert:
+        return network
+    try:
+        return convert(network, **model.convert.model_dump(), input_size=input_size)
+    except ValueError as error:
+        raise RecipeError(f"model.convert: {error}") from None
 
 
 def prepare(network: torch.nn.Module, train: Train, device: torch.device) -> torch.nn.Module:

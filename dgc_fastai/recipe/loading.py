@@ -15,14 +15,15 @@ from ..utils.invocation import display_path
 from ..utils.text import did_you_mean
 from .auto import choose_settings
 from .catalogue import find_recipe, recipe_names
-from .schema import Data, Log, Model, Recipe, Section, Train
+from .schema import Convert, Data, Log, Model, Recipe, Section, Train
 from .yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 # Keys of earlier versions: saved weights carry the recipe they were trained with.
-RENAMED_KEYS: dict[tuple, str] = {("train", "lasso"): "lasso_weight"}
+RENAMED_KEYS: dict[tuple, str] = {("train", "lasso"): "lasso_weight", ("model", "pretrained"): "weights"}
+OLD_VALUES: dict[tuple, dict] = {("model", "pretrained"): {False: None, True: "pretrained"}}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = (), notes: list[str] | None = None) -> Recipe:
@@ -138,27 +139,35 @@ def _rename_old_keys(content: dict, lines: dict[tuple, str]) -> None:
             where = lines.pop((section, old))
             if new in values:
                 raise RecipeError(f"{where}: {section}.{old} is the old name of {section}.{new}; remove one of them")
-            values[new], lines[section, new] = values.pop(old), where
+            values[new], lines[section, new] = _new_value((section, old), values.pop(old)), where
+
+
+def _new_value(place: tuple, value: Any) -> Any:
+    """What a value of a renamed key is called now."""
+    return next((new for old, new in OLD_VALUES.get(place, {}).items() if value is old), value)
 
 
 def _override(content: dict, lines: dict[tuple, str], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", name):
         raise RecipeError(f"{override}: an override reads section.key=value, such as train.epochs=10")
-    place = tuple(name.split("."))
+    place, old = tuple(name.split(".")), tuple(name.split("."))
     if place in RENAMED_KEYS:
         place = place[0], RENAMED_KEYS[place]
     section = content
     for depth, key in enumerate(place[:-1], 1):
-        if not isinstance(section.setdefault(key, {}), dict):
+        if section.get(key) is None:
+            section[key] = {}
+        if not isinstance(section[key], dict):
             raise RecipeError(f"{override}: {key} is not a section")
         section = section[key]
         lines.setdefault(place[:depth], override)  # of a section that is not in the file
-    section[place[-1]] = parse_yaml(text, override)[0]
+    section[place[-1]] = _new_value(old, parse_yaml(text, override)[0])
     lines[place] = override
 
 
 _SECTIONS: dict[Any, type[Section]] = {"model": Model, "data": Data, "train": Train, "log": Log}
+_INNER_SECTIONS: dict[tuple, type[Section]] = {("model", "convert"): Convert}
 # Pydantic's and JSON's words for what YAML calls otherwise.
 _MESSAGES = {"list_type": "input should be a list", "model_type": "input should be a section of keys and values"}
 
@@ -181,6 +190,9 @@ def _explain(problem: "ErrorDetails", lines: dict[tuple, str], source: str) -> s
         message = _MESSAGES.get(kind, message[0].lower() + message[1:])
         if not isinstance(problem["input"], (dict, list)):
             message += f", not {json.dumps(problem['input'], default=str)[:60]}"
+    if not place:  # about two sections, whose keys the message names
+        named = (line for line in lines.values() if "=" in line and line.partition("=")[0] in message)
+        return f"{next(named, where)}: {message}"
     # An override names its key itself.
     return f"{where}: {message}" if where.startswith(f"{name}=") else f"{where}: {name}: {message}"
 
@@ -197,7 +209,8 @@ def _blamed_override(place: tuple, lines: dict[tuple, str], message: str) -> str
 def _known_keys(place: tuple) -> str:
     """The end of an error message about an unknown key: the key that was probably meant, or all there are."""
     if len(place) > 1:
-        schema, section = _SECTIONS.get(place[0]), f"{place[0]}."
+        schema = _INNER_SECTIONS.get(place[:-1]) or _SECTIONS.get(place[0])
+        section = f"{'.'.join(map(str, place[:-1]))}."
         known = list(schema.model_fields) if schema else []
         return did_you_mean(str(place[-1]), known, section) or f"; known are {', '.join(known)}"
     key, known = str(place[0]), list(Recipe.model_fields)

@@ -26,13 +26,19 @@ CIFAR_FOLDERS = {
 }
 
 
-def check_machine(recipe: Recipe) -> None:
-    """Check a recipe's data folder, output folder, processes, device, compiler and loggers. Writes nothing.
+def check_machine(recipe: Recipe, resume: bool = False) -> None:
+    """Check a recipe's data folder, weights, output folder, processes, device, compiler and loggers. Writes nothing.
+
+    Args:
+        resume: the run may have begun, and need the weights that it started from no more.
 
     Raises:
         RecipeError: the first thing that is missing, with the recipe's key and what to do.
     """
     check_data(recipe.data)
+    if not resume:
+        check_file(recipe.model.weights_file, "model.weights")
+    check_file(recipe.train.teacher_file, "train.teacher")
     check_output(recipe.runs)
     check_distributed(recipe)
     check_device(recipe)
@@ -59,6 +65,15 @@ def check_data(data: Data) -> None:
         if classes != others:
             odd = ", ".join(sorted(set(classes) ^ set(others))[:3])
             raise RecipeError(f"data.path: {train} and {valid.name} differ in their classes: {odd}")
+
+
+def check_file(path: Path | None, key: str) -> None:
+    """Check that a file of weights, or the run folder that has it, is there."""
+    if path and not path.exists():
+        others = {"model.weights": "'pretrained', 'auto', 'hf-hub:OWNER/NAME'", "train.teacher": "'before'"}[key]
+        raise RecipeError(f"{key}: there is no file {path}; {key} is a file of weights, a run folder, or {others}")
+    if path and path.is_dir() and not (path / "best.safetensors").is_file():
+        raise RecipeError(f"{key}: {path} has no best.safetensors; name a file of weights, or the folder of a run")
 
 
 def idx_files(data: Data) -> list[tuple[Path, Path]]:

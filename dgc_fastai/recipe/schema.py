@@ -65,9 +65,20 @@ def _known_device(name: str) -> str:
 
 
 def _known_architecture(name: str) -> str:
-    if name not in ARCHITECTURES:
+    """Ours are known here; timm's, with or without the tag of their weights, when the network is made."""
+    if name not in ARCHITECTURES and (name.startswith("dgc_") or not re.fullmatch(r"\w{1,100}(\.\w{1,100})?", name)):
         raise ValueError(f"no network {name!r}{did_you_mean(name, ARCHITECTURES)}")
     return name
+
+
+def _known_source(weights: str) -> str:
+    if weights.startswith("hf-hub:") and not re.fullmatch(r"hf-hub:[\w.-]{1,100}/[\w.-]{1,100}", weights):
+        raise ValueError(f"{weights!r} is not the name of a repository; use hf-hub:OWNER/NAME")
+    return weights
+
+
+def _as_file(weights: str) -> Path | None:
+    return None if weights.startswith("hf-hub:") else Path(weights).expanduser()
 
 
 class Section(BaseModel):
@@ -75,10 +86,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Convert(Section):
+    """DGC layers in the place of a network's convolutions: the arguments of `dgc_fastai.convert`."""
+
+    heads: Width = 4
+    gate_factor: Share = 0.25
+    squeeze_rate: Annotated[int, Field(ge=2, le=4096)] = 16
+    skip: list[Annotated[str, Field(min_length=1)]] = []
+
+
 class Model(Section):
     """The network and its keywords. A keyword that is left out keeps the network's default.
 
-    `pretrained` starts from timm's ImageNet weights; with `auto`, only if they can be fetched.
+    `weights` are those that training starts from: a file, `hf-hub:OWNER/NAME`, `pretrained` for timm's, or `auto` for
+    timm's if they can be fetched. `convert` then gives a network DGC layers.
     """
 
     arch: Annotated[str, AfterValidator(_known_architecture)]
@@ -94,28 +115,59 @@ class Model(Section):
     zero_init_gates: bool | None = None
     preact: bool | None = None
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    pretrained: bool | Literal["auto"] = False
+    weights: Annotated[str, Field(min_length=1), AfterValidator(_known_source)] | None = None
+    convert: Convert | None = None
 
     @model_validator(mode="after")
     def _keywords_of_this_network(self) -> "Model":
-        foreign = sorted(self.keywords().keys() - ARCHITECTURES[self.arch] - {"drop_rate"})
+        foreign = sorted(self.keywords().keys() - ARCHITECTURES.get(self.arch, set()) - {"drop_rate"})
         if foreign:
-            raise ValueError(f"{self.arch} has no keyword {', '.join(foreign)}")
-        if self.pretrained is True and not self.has_timm_layout:
+            hint = "; set them in model.convert" if self.is_foreign and GATES & {*foreign} else ""
+            raise ValueError(f"{self.arch} has no keyword {', '.join(foreign)}{hint}")
+        if self.convert and self.has_gates:
+            raise ValueError(f"convert: {self.arch} has DGC layers already; remove it, or use {self.dense.arch}")
+        if self.weights == "pretrained" and not self.timm_name:
             hint = "; they need preact: false" if "resnet" in self.arch and not self.arch.endswith("_sgc") else ""
-            raise ValueError(f"pretrained: timm has no weights for {self.arch} with these keywords{hint}")
+            raise ValueError(f"weights: timm has no weights for {self.arch} with these keywords{hint}")
         return self
 
     @property
-    def has_timm_layout(self) -> bool:
-        """Whether timm has a network, and ImageNet weights, of this layout."""
-        name = self.arch.removesuffix("_dense")
-        has_own_norms = "preact" in ARCHITECTURES[self.arch] and name == self.arch and self.preact is not False
-        return name in PRETRAINED and not has_own_norms
+    def is_foreign(self) -> bool:
+        """Whether the network is one of timm's own."""
+        return self.arch not in ARCHITECTURES
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether the network has DGC layers before any conversion."""
+        return not (self.is_foreign or self.arch.endswith(("_dense", "_sgc")))
+
+    @property
+    def timm_name(self) -> str | None:
+        """timm's network of this layout, which may have ImageNet weights; None if timm has none."""
+        if self.is_foreign:
+            return self.arch
+        has_own_norms = "preact" in ARCHITECTURES[self.arch] and self.has_gates and self.preact is not False
+        return None if has_own_norms else PRETRAINED.get(self.arch.removesuffix("_dense"))
+
+    @property
+    def dense(self) -> "Model":
+        """The same network without gates, the baseline."""
+        if self.is_foreign or self.convert:
+            return self.model_copy(update={"convert": None})
+        arch = self.arch.removesuffix("_dense").removesuffix("_sgc")
+        return self.model_copy(update={"arch": f"{arch}_dense"})
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that the weights are read from, `~` expanded; None if they are no file."""
+        return None if self.weights in (None, "pretrained", "auto") else _as_file(self.weights)
 
     def keywords(self) -> dict[str, Any]:
-        """Keyword arguments for `timm.create_model`."""
-        return self.model_dump(exclude={"arch", "pretrained"}, exclude_none=True)
+        """Keyword arguments of the network for `timm.create_model`."""
+        keywords = self.model_dump(exclude={"arch", "weights", "convert"}, exclude_none=True)
+        if self.is_foreign and not self.drop_rate:  # which not every network takes
+            del keywords["drop_rate"]
+        return keywords
 
 
 class Data(Section):
@@ -181,7 +233,9 @@ class Train(Section):
     `lasso_weight` is the weight of the gate penalty (lambda in the paper). `warmup` is in epochs, `clip` the maximum
     norm of the gradient, `accumulate` the batches per step, `ema` the decay of the averaged weights; `mixup` and
     `cutmix` are the alpha of their beta distributions. `nonfinite` says what to do if a loss is NaN or Inf: stop, or
-    skip the batch. `compile` is torch.compile. `precision` auto and `channels_last` None are what suits the device.
+    skip the batch. `teacher` is a weights file, or `before` for the network before `model.convert`; `teacher_weight`
+    its share in the loss. `compile` is torch.compile. `precision` auto and `channels_last` None are what suits the
+    device.
     """
 
     epochs: Count
@@ -196,6 +250,9 @@ class Train(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     mixup: Strength = 0.0
     cutmix: Strength = 0.0
+    teacher: Annotated[str, Field(min_length=1)] | None = None
+    teacher_weight: Share = 0.5
+    teacher_temperature: Annotated[float, Field(gt=0, le=100)] = 4.0
     clip: Annotated[float, Field(gt=0)] | None = None
     accumulate: Count = 1
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -204,6 +261,11 @@ class Train(Section):
     channels_last: bool | None = None
     compile: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @property
+    def teacher_file(self) -> Path | None:
+        """The file, or the run folder, that the teacher is read from, `~` expanded."""
+        return None if self.teacher in (None, "before") else Path(self.teacher).expanduser()
 
     @model_validator(mode="after")
     def _warm_up_within_the_run(self) -> "Train":
@@ -235,6 +297,12 @@ class Recipe(Section):
     log: Log = Log()
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
     output: Annotated[str, Field(min_length=1)] = "runs"
+
+    @model_validator(mode="after")
+    def _teacher_before_conversion(self) -> "Recipe":
+        if self.train.teacher == "before" and not self.model.convert:
+            raise ValueError("train.teacher: before is the network before model.convert, and there is no model.convert")
+        return self
 
     @property
     def runs(self) -> Path:

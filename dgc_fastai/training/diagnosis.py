@@ -77,8 +77,9 @@ def _no_better_than_guessing(
         return None
     frequent = classes[findings.images.index(largest)]
     tries = "another train.lr or more epochs"
-    if not recipe.model.arch.endswith("_dense"):
-        tries += f"; the baseline, model.arch={_baseline(recipe)}, tells whether it is the gates or the data"
+    if recipe.model.convert or recipe.model.has_gates or recipe.model.arch.endswith("_sgc"):
+        baseline = "model.convert=null" if recipe.model.convert else f"model.arch={recipe.model.dense.arch}"
+        tries += f"; the baseline, {baseline}, tells whether it is the gates or the data"
     return (
         f"Top-1 never exceeded {100 * reached:.1f} %, no better than guessing: always answering {frequent!r} gives "
         f"{100 * largest / images:.1f} % of the {images:,} validation images. Try {tries}."
@@ -103,12 +104,8 @@ def _steadier(recipe: Recipe) -> str:
     model = recipe.model
     if recipe.train.precision == "fp16":
         return "train.precision=bf16 or float32"
-    if model.arch.endswith(("_dense", "_sgc")):
+    if not model.has_gates:
         return "a smaller train.lr, or train.clip"
     if not model.zero_init_gates:
         return "model.zero_init_gates=true" + (" with model.preact=false" if "resnet" in model.arch else "")
     return "a smaller train.lr, or train the dense network first and convert it"
-
-
-def _baseline(recipe: Recipe) -> str:
-    return recipe.model.arch.removesuffix("_sgc") + "_dense"

@@ -19,6 +19,7 @@ from .callbacks import (
     DeviceCutMix,
     DeviceMixedPrecision,
     DeviceMixUp,
+    Distillation,
     MixUpOrCutMix,
     NonFiniteLoss,
     WholeBatchAccumulation,
@@ -63,11 +64,14 @@ class RecipeLearner(Learner):
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
 
-def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> RecipeLearner:
+def assemble(
+    recipe: Recipe, dls: DataLoaders, model: torch.nn.Module, teacher: torch.nn.Module | None = None
+) -> RecipeLearner:
     """The Learner of a recipe, around data and a network that exist already.
 
     Args:
         dls: of `EpochDL`s, as `build_dataloaders` makes them.
+        teacher: to learn from, see `Distillation`.
 
     Raises:
         RecipeError: timm has no such optimizer, or it cannot be used here; or the device has not the precision.
@@ -84,6 +88,8 @@ def assemble(recipe: Recipe, dls: DataLoaders, model: torch.nn.Module) -> Recipe
         metrics=[AvgMetric(top_1), AvgMetric(top_5)],
         cbs=_callbacks(recipe),
     )
+    if teacher is not None:
+        learn.add_cb(Distillation(teacher, train.teacher_weight, train.teacher_temperature))
     learn.recipe = recipe
     learn.create_opt()
     return learn

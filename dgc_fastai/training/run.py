@@ -15,6 +15,7 @@ A recipe goes through these files, in this order, and returns to none of them. H
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from rich.console import Console
 from ..data.classes import class_names
 from ..data.loaders import build_dataloaders
 from ..models.checkpoints import load_checkpoint
-from ..models.factory import create_model, network_cost, prepare
-from ..models.pretrained import load_pretrained
+from ..models.factory import checked_cost, convert_model, create_unconverted, network_cost, prepare
+from ..models.weights import Weights, load_weights, read_weights
 from ..ops.device import resolve, use_device
 from ..recipe.schema import Recipe
 from ..utils import launch
@@ -45,6 +46,7 @@ from .learner import RecipeLearner, assemble, evaluate
 from .loggers import logging_callbacks
 from .run_folder import STATE, Stage, lock_run, prepare_run_folder
 from .state_file import read_state
+from .teacher import load_teacher
 
 __all__ = ["TrainingRun", "build_learner"]
 
@@ -58,7 +60,8 @@ class TrainingRun:
 
     Args:
         recipe: from `load_recipe`.
-        gets_weights: the network's weights will be loaded, from a file or the state of a run: pretrained ones are not.
+        gets_weights: the network's weights will be loaded, from a file or the state of a run: not `model.weights`.
+        network: to train instead of that of `model.arch`, with the weights that it has; `model.convert` applies to it.
 
     Attributes:
         recipe: with the precision and the memory format that it has on the device.
@@ -66,20 +69,27 @@ class TrainingRun:
         classes: class names in the order of the network's outputs.
         input_size: channels, height and width of an image.
         cost: of the network, before any training.
-        starts_from: the name of timm's weights, once the network has them.
+        starts_from: the weights that the network starts from and what was left out of them, once it has them.
 
     Raises:
         RecipeError: the device cannot be used, or not in this precision; the data's class names cannot be read; or the
             network's keywords do not go together or do not fit the size of the images.
     """
 
-    def __init__(self, recipe: Recipe, gets_weights: bool = False):
+    def __init__(self, recipe: Recipe, gets_weights: bool = False, network: torch.nn.Module | None = None):
         self.device = use_device(recipe.device)
         self.recipe = resolve(recipe, self.device)
         init_process_group(self.device)
         self.classes = class_names(recipe.data)
         self.input_size = recipe.data.input_size
-        self.cost = network_cost(recipe.model, len(self.classes), self.input_size)
+        self._network, self._trains = network, True
+        self._teacher: torch.nn.Module | None = None
+        if network is None:
+            self.cost = network_cost(recipe.model, len(self.classes), self.input_size)
+        else:
+            self._keep_teacher(network)
+            convert_model(network, recipe.model, self.input_size)
+            self.cost = checked_cost(network, len(self.classes), self.input_size)
         self.starts_from: str | None = None
         self._gets_weights = gets_weights
 
@@ -89,15 +99,14 @@ class TrainingRun:
 
         Raises:
             RecipeError: the data cannot be read, or timm's optimizer cannot be used here.
-            CheckpointError: timm's weights are asked for and cannot be fetched.
+            CheckpointError: the weights to start from cannot be read or fetched, or do not fit.
         """
         recipe = self.recipe
         set_seed(recipe.train.seed)
-        network = create_model(recipe.model, len(self.classes), self.input_size)
-        if recipe.model.pretrained and not self._gets_weights:
-            self.starts_from = self._load_pretrained(network)
-        network = prepare(network, recipe.train, self.device)
-        return assemble(recipe, build_dataloaders(recipe.data, self.device, self.classes), network)
+        network = prepare(self._network or self._create_network(), recipe.train, self.device)
+        if file := recipe.train.teacher_file if self._trains else None:
+            self._teacher = load_teacher(file, recipe, self.classes)
+        return assemble(recipe, build_dataloaders(recipe.data, self.device, self.classes), network, self._teacher)
 
     def fit(self, console: Console, folder: Path | None = None) -> Path:
         """Train into a run folder and return its path. Of several processes, the main one shows and writes.
@@ -144,7 +153,7 @@ class TrainingRun:
         Raises:
             CheckpointError: the file cannot be read, or belongs to another network.
         """
-        self._gets_weights = True
+        self._gets_weights, self._trains = True, False
         load_checkpoint(self.learner.model, weights)
 
     def evaluate(self, console: Console) -> dict[str, float]:
@@ -158,32 +167,54 @@ class TrainingRun:
         with _callbacks(learn, display), lost_processes_named():
             return evaluate(learn)
 
-    def _load_pretrained(self, network: torch.nn.Module) -> str | None:
+    def _create_network(self) -> torch.nn.Module:
+        model, teaches = self.recipe.model, self._trains and self.recipe.train.teacher == "before"
+        network = create_unconverted(model, len(self.classes), self.input_size)
+        weights = None if self._gets_weights and not teaches else self._read_weights()
+        if teaches and (weights is None or weights.have_gates):
+            reason = f"{weights.source} is of one with gates" if weights else "it has no weights; set model.weights"
+            raise CheckpointError(f"train.teacher: there is no network before model.convert: {reason}")
+        if weights and not (model.convert and weights.have_gates):
+            self.starts_from = load_weights(network, weights, with_classifier=teaches)
+        self._keep_teacher(network)
+        network = convert_model(network, model, self.input_size)
+        if weights and not self.starts_from:  # they are of the converted network
+            self.starts_from = load_weights(network, weights)
+        return network
+
+    def _keep_teacher(self, network: torch.nn.Module) -> None:
+        if self._trains and self.recipe.train.teacher == "before":
+            self._teacher = deepcopy(network)
+
+    def _read_weights(self) -> Weights | None:
         model = self.recipe.model
+        if not model.weights:
+            return None
         try:
-            if not model.has_timm_layout:
-                raise CheckpointError(f"timm has no weights for {model.arch} with these keywords")
-            return load_pretrained(network, model.arch, self.input_size[0])
+            return read_weights(model, self.input_size[0])
         except CheckpointError as error:
-            if model.pretrained is True:
+            if model.weights != "auto":
                 raise
             if launch.is_main_process():
-                _logger.warning("model.pretrained: %s; starting from random weights", error)
+                _logger.warning("model.weights: %s; starting from random weights", error)
             return None
 
 
-def build_learner(recipe: Recipe) -> RecipeLearner:
+def build_learner(recipe: Recipe, model: torch.nn.Module | None = None) -> RecipeLearner:
     """A fastai Learner with the recipe's data, network, optimizer, gates and precision, ready to fit.
 
     Seeds Python's, NumPy's and torch's random numbers with `train.seed` first. A `TrainingRun` keeps a run folder, too.
 
     Args:
         recipe: from `load_recipe`.
+        model: a network of your own, to train instead of that of `model.arch`, with the weights that it has. It is
+            changed: `model.convert` gives it DGC layers, and it moves to the device.
 
     Raises:
         RecipeError: the data, the network, the optimizer or the device cannot be used.
+        CheckpointError: the weights to start from cannot be read or fetched, or do not fit.
     """
-    return TrainingRun(recipe).learner
+    return TrainingRun(recipe, network=model).learner
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def train(folder, arch, keywords):
     def create(model, classes, size):
         return timm.create_model(model.arch, num_classes=classes, in_chans=size[0], **NETWORKS[arch], **keywords)
 
-    with mock.patch.object(run, "create_model", create):
+    with mock.patch.object(run, "create_unconverted", create):
         learn = build_learner(recipe)
     first = learn.dls.train.one_batch()[0]
     valid = torch.cat([batch[0] for batch in learn.dls.valid])[:100]

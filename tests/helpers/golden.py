@@ -14,7 +14,7 @@ sys.path.insert(0, str(DATA))
 from make_state import make_state  # noqa: E402, F401
 
 from dgc_fastai import DynamicGroupConv2d, gate_penalty, set_progress  # noqa: E402
-from dgc_fastai.models.checkpoints import _translate  # noqa: E402
+from dgc_fastai.models.checkpoints import translate  # noqa: E402
 
 LAYERS = sorted(DATA.glob("layer_*.safetensors"))
 
@@ -76,7 +76,7 @@ def golden_layer(path, **keywords):
     progress, gate_factor = float(metadata.pop("progress")), float(metadata.pop("gate_factor"))
     geometry = {key: int(value) for key, value in metadata.items()}
     layer = DynamicGroupConv2d(**geometry, gate_factor=gate_factor, **keywords)
-    layer.load_state_dict(_translate(group(tensors, "state.")))
+    layer.load_state_dict(translate(group(tensors, "state.")))
     return layer, tensors, progress
 
 
@@ -94,7 +94,7 @@ def check_golden_layer(path, **keywords):
 
     ((y * golden["train.gy"]).sum() / y.numel() + 0.5 * gate_penalty(layer)).backward()
     close(x.grad, golden["train.grad.x"], 2e-4)
-    gradients = _translate(group(golden, "train.grad."))
+    gradients = translate(group(golden, "train.grad."))
     del gradients["x"]
     assert gradients.keys() == dict(layer.named_parameters()).keys()
     for name, parameter in layer.named_parameters():

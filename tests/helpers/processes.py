@@ -79,7 +79,7 @@ class NonFinite(Callback):
                     module.running_mean.data.fill_(math.nan)
 
 
-def plain(recipe):
+def plain(recipe, teacher=None):
     """Trains a network without normalization layers; processes begin with other random numbers each."""
     init_process_group(torch.device("cpu"))
     set_seed(rank())
@@ -88,7 +88,12 @@ def plain(recipe):
         set_seed(0)
         dls = build_dataloaders(recipe.data, torch.device("cpu"))
     torch.manual_seed(0)
-    return train_only(assemble(recipe, dls, without_norm_layers()))
+    return train_only(assemble(recipe, dls, without_norm_layers(), teacher))
+
+
+def taught(recipe):
+    torch.manual_seed(1)
+    return plain(recipe, without_norm_layers())
 
 
 def train_only(learn, *callbacks):
@@ -127,6 +132,7 @@ def whole_run(recipe, *callbacks, resume=False):
 
 WHAT = {
     "plain": plain,
+    "taught": taught,
     "train": lambda recipe: train_only(build_learner(recipe)),
     "non_finite": non_finite,
     "validate": validate,

@@ -246,13 +246,12 @@ def test_tensors_that_are_no_weights_are_refused(tmp_path):
     half["stages.1.layers.0.conv1.weight"] = tiny_densenet().state_dict()["stages.1.layers.0.conv1.weight"].double()
     torch.save(half, tmp_path / "half.pth")
     load_checkpoint(tiny_densenet(), tmp_path / "half.pth")
-    # The authors' heads, of which one has another shape, or none; names that are none.
+    # The authors' heads, of which one has another shape, or none.
     name = "features.denseblock_1.denselayer_1.conv_1.headconv_{}.conv.weight"
     for state in (
         {name.format(0): torch.ones(2, 3, 1, 1), name.format(1): torch.ones(2, 4, 1, 1)},
         {name.format(0): torch.tensor(1.0)},
         {"a._inactive_channels": torch.ones(3)},
-        {3: torch.ones(3)},
     ):
         torch.save({"state_dict": state}, tmp_path / "x.pth")
         assert "does not fit DGCDenseNet" in refused(tmp_path / "x.pth")

@@ -42,6 +42,7 @@ PLAIN = ["train.epochs=3", "data.augment=[]", "train.optimizer=sgd", "train.lr=0
 SCENARIOS = {
     "plain": ("plain", [*PLAIN, "data.batch_size=718"]),
     "plain_more": ("plain", [*PLAIN, "data.batch_size=200", "train.accumulate=2", "train.clip=0.05", "train.ema=0.9"]),
+    "taught": ("taught", [*PLAIN, "data.batch_size=718", "train.teacher_weight=0.9", "train.teacher_temperature=1.0"]),
     "real": ("train", [*TINY, "train.epochs=6", "data.batch_size=100"]),
     "validate": ("validate", [*TINY, "data.name=fashion_mnist", "data.path=FOLDER/data", "data.batch_size=48"]),
     "undisturbed": ("run", [*TINY, "train.ema=0.9", "model.drop_rate=0.2", "output=FOLDER/undisturbed"]),
@@ -83,7 +84,7 @@ def outcome(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", ["plain", "plain_more"])
+@pytest.mark.parametrize("name", ["plain", "plain_more", "taught"])
 def test_two_processes_train_as_one_does(outcome, name):
     (one,), two = outcome(name, 1), outcome(name, 2)
     torch.manual_seed(0)

@@ -54,7 +54,7 @@ class Outputs:
 def shrink(monkeypatch, name):
     """Let recipes make a small network of a family."""
     model = lambda *args: small(name, in_chans=1)  # noqa: E731
-    monkeypatch.setattr("dgc_fastai.training.run.create_model", model)
+    monkeypatch.setattr("dgc_fastai.training.run.create_unconverted", model)
     return f"model.arch={name}", "data.size=32", "model.stages=null", "model.growth=null"
 
 

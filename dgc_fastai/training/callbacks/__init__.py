@@ -1,6 +1,7 @@
 """The callbacks of a training run: one duty each."""
 
 from .accumulation import WholeBatchAccumulation
+from .distillation import Distillation
 from .ema import AverageWeights
 from .gates import AnnealGates
 from .mixing import DeviceCutMix, DeviceMixUp, MixUpOrCutMix
@@ -13,6 +14,7 @@ __all__ = [
     "DeviceCutMix",
     "DeviceMixUp",
     "DeviceMixedPrecision",
+    "Distillation",
     "MixUpOrCutMix",
     "NonFiniteLoss",
     "WholeBatchAccumulation",

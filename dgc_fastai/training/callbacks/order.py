@@ -14,6 +14,9 @@ fastai's own, which these are placed between (version 2.8):
 | 60 | ParamScheduler, ProgressCallback |
 """
 
+DISTILLATION = 4
+"""Takes the teacher's answers to images that are mixed, within autocast; the gate penalty keeps its own weight."""
+
 ANNEAL_GATES = 5
 """Adds the gate penalty before GradientAccumulation divides the loss and MixedPrecision scales it."""
 

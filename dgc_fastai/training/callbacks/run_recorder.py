@@ -36,7 +36,7 @@ class RunRecorder(Callback):
         classes: the class names.
         cost: of the network.
         findings: of the callback Diagnosis, which fills them.
-        starts_from: the name of the pretrained weights that the network started from, if any.
+        starts_from: the weights that the network started from, if any.
     """
 
     order = RUN_RECORDER

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from dgc_fastai import AnnealGates, set_progress
 from dgc_fastai.layers.gate_schedule import dgc_layers, num_inactive
-from dgc_fastai.models.checkpoints import _translate
+from dgc_fastai.models.checkpoints import translate
 from dgc_fastai.ops.selection import use_backend
 from dgc_fastai.recipe.schema import Recipe
 from dgc_fastai.training.learner import assemble
@@ -77,7 +77,7 @@ def golden_run(golden, metadata, threads, perturbed):
     train |= dict(lasso_weight=float(metadata["group_lasso_lambda"]))
     recipe = Recipe(name="tiny", model={"arch": "dgc_densenet86"}, data={"name": "digits"}, train=train)
     model = tiny_densenet()
-    model.load_state_dict(_translate(group(golden, "init.")))
+    model.load_state_dict(translate(group(golden, "init.")))
     images = golden["images"].flatten(0, 1)
     images = images * (1 + 1.2e-7 * (torch.rand_like(images) < perturbed))
     learn = assemble(recipe, loaders(images, golden["labels"].flatten(), 16), model)

@@ -6,6 +6,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.distributed import DistributedTrainer
 from fastai.learner import Recorder
 
+from dgc_fastai.training.callbacks.distillation import Distillation
 from dgc_fastai.training.callbacks.distributed import ReduceOverProcesses
 from dgc_fastai.training.callbacks.ema import AverageWeights
 from dgc_fastai.training.callbacks.gates import AnnealGates
@@ -16,8 +17,8 @@ from dgc_fastai.training.callbacks.save_state import SaveState
 from dgc_fastai.training.loggers import Trackio
 
 EXPECTED = [
-    AnnealGates, ReduceOverProcesses, GradientAccumulation, MixedPrecision, DistributedTrainer, AverageWeights,
-    Recorder, NonFiniteLoss, ProgressCallback, RunRecorder, TrainingDisplay, SaveState,
+    Distillation, AnnealGates, ReduceOverProcesses, GradientAccumulation, MixedPrecision, DistributedTrainer,
+    AverageWeights, Recorder, NonFiniteLoss, ProgressCallback, RunRecorder, TrainingDisplay, SaveState,
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 import torch.nn as nn
 
 from ..layers.dynamic_group_conv import DynamicGroupConv2d, squeezed_channels
-from ..models.cost import budget
+from .cost import budget
 
 __all__ = ["convert"]
 
