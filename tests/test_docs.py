@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from typing import get_args
 
 import matplotlib
 import pytest
@@ -206,9 +207,12 @@ def test_targets_are_those_of_the_recipes():
 def schema_keys(section=Recipe, prefix=""):
     for key, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from schema_keys(field.annotation, f"{key}.")
-        else:
-            yield f"{prefix}{key}", field
+            yield from schema_keys(field.annotation, f"{prefix}{key}.")
+            continue
+        yield f"{prefix}{key}", field
+        for optional in get_args(field.annotation):
+            if isinstance(optional, type) and issubclass(optional, Section):
+                yield from schema_keys(optional, f"{prefix}{key}.")
 
 
 def test_every_key_of_a_recipe_is_described_with_its_default():

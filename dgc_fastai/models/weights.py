@@ -82,12 +82,13 @@ def load_weights(network: nn.Module, weights: Weights, with_classifier: bool = F
     head = [name for name in expected if name.startswith(classifiers)]
     if any(name not in state or state[name].shape != expected[name].shape for name in head):
         classes = next((len(state[name]) for name in reversed(head) if name in state), 0)
-        if with_classifier:
+        if with_classifier and classes:
             wanted = len(expected[head[-1]])
             raise CheckpointError(f"{source}: a network of {classes:,} classes cannot teach one of {wanted:,}")
         source += f", without its classifier of {classes:,} classes" if classes else ", which has no classifier"
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(classifiers)}
-        state |= {name: expected[name] for name in head}
+        if not with_classifier:
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(classifiers)}
+            state |= {name: expected[name] for name in head}
     _check_channels(state, expected, weights.source)
     has_to_open = not weights.have_gates and bool(dgc_layers(network))
     for name, tensor in expected.items():

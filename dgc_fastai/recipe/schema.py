@@ -125,7 +125,7 @@ class Model(Section):
             hint = "; set them in model.convert" if self.is_foreign and GATES & {*foreign} else ""
             raise ValueError(f"{self.arch} has no keyword {', '.join(foreign)}{hint}")
         if self.convert and self.has_gates:
-            raise ValueError(f"convert: {self.arch} has DGC layers already; remove it, or use {self.dense.arch}")
+            raise ValueError(f"convert: {self.arch} has DGC layers already; remove it, or use {self.arch}_dense")
         if self.weights == "pretrained" and not self.timm_name:
             hint = "; they need preact: false" if "resnet" in self.arch and not self.arch.endswith("_sgc") else ""
             raise ValueError(f"weights: timm has no weights for {self.arch} with these keywords{hint}")
