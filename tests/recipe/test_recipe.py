@@ -69,7 +69,8 @@ def test_published_experiments(name):
     train = recipe.train.model_dump(exclude={"epochs", "seed", "precision", "nonfinite", "channels_last", "compile"})
     assert train == dict(
         optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, decay_norms=True, schedule="cosine", warmup=0,
-        lasso_weight=1e-5, label_smoothing=0, mixup=0, cutmix=0, clip=None, accumulate=1, ema=None,
+        lasso_weight=1e-5, label_smoothing=0, mixup=0, cutmix=0, teacher=None,
+        teacher_weight=0.5, teacher_temperature=4, clip=None, accumulate=1, ema=None,
     )  # fmt: skip
     assert recipe.data.augment == ["crop_flip"]
     assert recipe.data.image_size == (224 if data == "imagenet" else 32)
