@@ -12,7 +12,7 @@ from ...inference.deploy import deploy
 from ...inference.predict import Predictor
 from ...models.factory import build_model
 from ...ops.device import select_channels_last, select_device
-from ..benchmark_plan import device_wait, gated_name
+from ..benchmark_plan import device_wait
 from ..timing import Variant, describe_machine, measure_times, spread
 
 __all__ = ["dense_baseline", "describe_here", "measure_latency"]
@@ -29,12 +29,10 @@ def describe_here() -> dict[str, Any]:
 
 def dense_baseline(predictor: Predictor) -> nn.Module | None:
     """The network with an ordinary convolution in place of each DGC layer, with random weights; None if it is that."""
-    recipe, arch = predictor.recipe, predictor.recipe.model.arch
-    dense = gated_name(arch) + "_dense"
-    if dense == arch:
+    recipe = predictor.recipe
+    if recipe.model.dense == recipe.model:
         return None
-    model = recipe.model.model_copy(update={"arch": dense, "pretrained": False})
-    return build_model(model, len(predictor.classes), recipe.data.input_size)
+    return build_model(recipe.model.dense, len(predictor.classes), recipe.data.input_size)
 
 
 def measure_latency(
