@@ -1,15 +1,18 @@
 """Commands that train: train, which is also the default, and sweep."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from ..utils import launch
 from ..utils.errors import Interrupted, UserError
 from ..utils.invocation import program
 from .app import TRAIN, Overrides, RecipeFile, app, console, load, results
+from .final_report import write_final_report
 
 # Words that other programs use for what is called otherwise here.
 OTHER_WORDS = {
@@ -74,6 +77,8 @@ def train(
         raise
     destroy_process_group()
     show_result(results, folder)
+    if plan.log.report and launch.is_main_process():
+        write_final_report(folder, json.loads((folder / "summary.json").read_text())["seconds"])
 
 
 @app.command(
@@ -118,6 +123,8 @@ def sweep(
         show_groups(results, plan.rows())
         text = f"The runs, sweep.csv and sweep.png are in {plan.folder}."
         results.print(text, soft_wrap=True, highlight=False, markup=False)
+        if plan.runs[0].recipe.log.report:
+            write_final_report(plan.folder, sum(row["seconds"] for row in plan.rows()))
     plan.raise_failures()
 
 

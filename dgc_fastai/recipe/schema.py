@@ -279,12 +279,14 @@ class Train(Section):
 class Log(Section):
     """What is printed and kept, besides the history, the curves and the last and best weights.
 
-    `print_every` is in batches, for output without a progress bar; `keep_every` in epochs.
+    `print_every` is in batches, for output without a progress bar; `keep_every` in epochs. `report` says whether a run
+    ends with a page about it.
     """
 
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     print_every: Count | None = None
     keep_every: Count | None = None
+    report: bool = True
 
 
 class Recipe(Section):

@@ -243,7 +243,8 @@ class Sweep:
             environment["PYTHONPATH"] = os.pathsep.join(paths)
         if jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, launch.cores() // jobs))
-        command = [sys.executable, "-m", "dgc_fastai", "train", str(self._plan(run)), "--resume"]
+        # The sweep has one report, written when nothing else runs.
+        command = [sys.executable, "-m", "dgc_fastai", "train", str(self._plan(run)), "log.report=false", "--resume"]
         # In a session of their own: a terminal's Ctrl-C reaches this process only, which passes it on.
         if jobs > 1 or quiet:
             with open(self._log(run), "w") as log:

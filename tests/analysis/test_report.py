@@ -11,13 +11,12 @@ from dgc_fastai.analysis.report import evaluation as evaluation_module
 from dgc_fastai.analysis.report import latency
 from dgc_fastai.analysis.report.build import page_data, write_report
 from dgc_fastai.analysis.report.collect import find_runs, read_stored_run, unstarted_runs
-from dgc_fastai.analysis.report.evaluation import evaluate_validation
+from dgc_fastai.analysis.report.evaluation import TooLong, ValidationImages
 from dgc_fastai.analysis.report.groups import common_differences, group_runs, label_runs, pareto_front
 from dgc_fastai.analysis.report.measure import MeasuredRun
 from dgc_fastai.analysis.report.page import plain, render
 from dgc_fastai.data.loaders import build_dataloaders
 from dgc_fastai.inference.predict import Predictor
-from dgc_fastai.utils.errors import UserError
 from helpers.datasets import write_imagenet
 from helpers.stored_runs import store_run
 
@@ -53,7 +52,8 @@ def test_a_run_has_everything(tmp_path):
         for kind in ("deployed", "dense"):
             assert 0 < row[kind]["min"] <= row[kind]["median"] <= row[kind]["max"]
     assert run["ms"] == run["latency"][0]["deployed"]["median"] and run["evaluation"]["images"] == 360
-    assert [line.partition(":")[0] for line in run["missing"]] == ["What the gates select"]
+    assert [line.partition(":")[0] for line in run["missing"]] == ["Accuracy with the gates of another image"]
+    assert len(run["gates"]["layers"]) == 3 and run["gates"]["images"] == 360
 
 
 def test_a_baseline_has_no_gates_and_no_baseline(tmp_path):
@@ -64,7 +64,7 @@ def test_a_baseline_has_no_gates_and_no_baseline(tmp_path):
 
 def test_evaluation_is_that_of_a_plain_loop(tmp_path):
     predictor = Predictor.from_weights(store_run(tmp_path / "run", "data.batch_size=100"))
-    found = evaluate_validation(predictor)
+    found = ValidationImages(predictor).evaluate()
     images, truth = (
         torch.cat(parts) for parts in zip(*build_dataloaders(predictor.recipe.data, torch.device("cpu")).valid)
     )
@@ -86,18 +86,21 @@ def test_evaluation_is_that_of_a_plain_loop(tmp_path):
 
 def test_an_evaluation_that_would_take_too_long_is_left_out(tmp_path, monkeypatch):
     predictor = Predictor.from_weights(store_run(tmp_path / "run", "data.batch_size=10"))
-    clock = iter(range(0, 1000, 1))
+    clock = iter(range(1000))
     monkeypatch.setattr(evaluation_module.time, "monotonic", lambda: float(next(clock)))
     seen = []
-    with pytest.raises(UserError, match="it would have taken about 36 s"):
-        evaluate_validation(predictor, 20, lambda done, of: seen.append((done, of)))
+    images = ValidationImages(predictor, 20, lambda done, of: seen.append((done, of)))
+    with pytest.raises(TooLong, match="it would have taken about 36 s"):
+        images.evaluate()
     assert seen == [(1, 36), (2, 36), (3, 36)]  # as soon as it is clear
 
 
 def test_mistakes_in_image_files_have_their_names(tmp_path):
     data = write_imagenet(tmp_path / "data", ("cat", "dog"))
     overrides = ["data.name=folder", f"data.path={data}", "data.size=64", "data.batch_size=3"]
-    found = evaluate_validation(Predictor.from_weights(store_run(tmp_path / "run", *overrides, classes=["cat", "dog"])))
+    found = ValidationImages(
+        Predictor.from_weights(store_run(tmp_path / "run", *overrides, classes=["cat", "dog"]))
+    ).evaluate()
     assert found["images"] == 4
     for one in found["mistakes"]:
         assert one["name"].startswith(f"{one['true']}/{one['true']}_") and one["picture"].startswith("data:image/jpeg")

@@ -12,7 +12,8 @@ from helpers.command_line import process
 from helpers.golden import DATA
 
 HEAVY = {"torch", "torchvision", "timm", "fastai", "fastcore", "numpy", "matplotlib", "sklearn", "safetensors"}
-COMMANDS = {"list", "copy", "check", "env", "train", "sweep", "evaluate", "predict", "export", "benchmark", "compare"}
+COMMANDS = {"list", "copy", "check", "env", "train", "sweep", "evaluate", "predict", "export"}
+COMMANDS |= {"benchmark", "compare", "report"}
 
 
 def python(code, *arguments, cwd=ROOT):

@@ -31,8 +31,14 @@ def table(folder):
 def swept(tmp_path_factory):
     """A sweep of two networks and two seeds, two runs at a time, and what it printed."""
     output = tmp_path_factory.mktemp("swept")
-    text = process("sweep", QUICKSTART, *SWEEP, f"output={output}", "--jobs", "2", COLUMNS="200")
+    text = process("sweep", QUICKSTART, *SWEEP, f"output={output}", "log.report=true", "--jobs", "2", COLUMNS="200")
     return only(output), text
+
+
+def test_a_sweep_has_one_report(swept):
+    folder, text = swept
+    assert text.splitlines()[-1] == f"Its report: {folder}/report.html"
+    assert [path.parent for path in folder.rglob("report.html")] == [folder]
 
 
 def test_a_sweep_trains_every_combination_and_compares_them(swept, app):

@@ -1,6 +1,7 @@
 """train: what a run prints and leaves behind, and how it is stopped and resumed."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -28,7 +29,9 @@ SHORT = [*LARGE_BATCHES, "train.epochs=2"]
 def run(tmp_path_factory):
     """A short training run from the command line, in a folder that is not the project's."""
     folder = tmp_path_factory.mktemp("run")
-    text = process(ROOT / "recipes/quickstart.yaml", "train.epochs=4", "output=runs", *TINY, cwd=folder)
+    text = process(
+        ROOT / "recipes/quickstart.yaml", "train.epochs=4", "output=runs", *TINY, "log.report=true", cwd=folder
+    )
     return text, only(folder / "runs")
 
 
@@ -46,13 +49,14 @@ def test_a_run_ends_with_what_it_reached(app, run):
     text, folder = run
     rows = list(csv.DictReader(open(folder / "history.csv")))
     best = max((row for row in rows if row["inactive"] == rows[-1]["inactive"]), key=lambda row: float(row["top_1"]))
-    *_, place, reached, weights, command = text.splitlines()
+    *_, place, reached, weights, command, report = text.splitlines()
     assert place == f"The run is in runs/{folder.name}."
     assert reached == (
         f"Best: top-1 {100 * float(best['top_1']):.2f} % in epoch {best['epoch']}, with 75 % of the channels inactive; "
         "0.02 M MACs, 70 % of dense."
     )
     assert weights == f"Its weights: runs/{folder.name}/best.safetensors"
+    assert report == f"Its report: runs/{folder.name}/report.html"
     assert command == f"To classify images: python {ROOT / 'app.py'} predict runs/{folder.name} IMAGE ..."
     # And the command works.
     Image.new("L", (8, 8)).save(folder.parent.parent / "zero.png")
@@ -64,9 +68,20 @@ def test_quiet_prints_the_result_only(app, tmp_path):
     assert len(lines) == 4 and lines[0].startswith("The run is in runs/")
 
 
+def test_the_report_tells_of_the_run(run):
+    _, folder = run
+    page = (folder / "report.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])["runs"][0]
+    environment = data["summary"]["environment"]
+    assert "train.epochs=4 output=runs 'model.stages=[1,1,1]'" in environment["command"]
+    assert environment["device"] == "cpu" and environment["versions"]["torch"] and environment["processor"]
+    assert data["latency"] and data["evaluation"]["images"] == 360 and len(data["gates"]["layers"]) == 3
+
+
 def test_a_run_folder_is_whole(run):
     _, folder = run
     names = {"recipe.yaml", "history.csv", "curves.png", "summary.json", "last.safetensors", "best.safetensors"}
+    names |= {"report.html"}
     assert {path.name for path in folder.iterdir()} == names
     rows = list(csv.DictReader(open(folder / "history.csv")))
     columns = ["epoch", "train_loss", "valid_loss", "top_1", "top_5", "inactive", "gate_penalty", "lr", "seconds"]

@@ -8,7 +8,7 @@ import pytest
 
 from helpers import ROOT
 
-TINY = "model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.size=8"
+TINY = "model.stages=[1,1,1]", "model.growth=[4,4,4]", "data.size=8", "log.report=false"
 
 
 def process(*arguments, cwd=ROOT, expect=0, **environment):

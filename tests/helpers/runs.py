@@ -19,7 +19,7 @@ from helpers import QUICKSTART
 from helpers.golden import equal_states
 
 SMALL = ["model.stages=[1,1,1]", "model.growth=[4,4,4]"]
-TINY = [*SMALL, "data.batch_size=300", "train.epochs=3"]
+TINY = [*SMALL, "data.batch_size=300", "train.epochs=3", "log.report=false"]
 ONE_EPOCH = [*SMALL, "data.batch_size=400", "train.epochs=1"]
 
 

@@ -33,18 +33,19 @@ def write_report(
         paths: run folders, or folders with run folders in them.
         out: the file to write; by default `report.html` in the only path, or in the working folder for several.
         console: where to show the progress.
-        seconds: leave out what would take longer to evaluate.
+        seconds: leave out measurements that would take longer.
 
     Raises:
         UserError: a path is not a folder, or has no runs in it.
         WriteError: the page cannot be written.
     """
+    deadline = None if seconds is None else time.monotonic() + seconds
     console = console or Console(quiet=True)
     folders = find_runs(paths)
     out = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
     with console.status("Reading the runs") as status:
         runs = [MeasuredRun(read_stored_run(folder)) for folder in folders]
-        measure_runs(runs, seconds, status.update)
+        measure_runs(runs, deadline, status.update)
         status.update("Writing the page")
         title = folders[0].name if len(folders) == 1 else _title(paths)
         notes = [f"{_names(names)} not started yet." for path in paths if (names := unstarted_runs(path))]
@@ -95,8 +96,9 @@ def _run_data(number: int, measured: MeasuredRun, label: str, values: dict[str, 
     latency = measured.latency or []
     one_image = next((row for row in latency if row["batch"] == 1), None)
     missing = list(run.missing)
-    if measured.is_gated and run.gates is None:
-        missing.append(f"What the gates select: `{program()} gates {display_path(run.folder)}` measures it.")
+    if measured.is_gated and not (measured.gates and measured.gates.get("controls")):
+        what = "Accuracy with the gates of another image" if measured.gates else "What the gates select"
+        missing.append(f"{what}: `{program()} gates {display_path(run.folder)}` measures it.")
     return {
         "id": number,
         "label": label,
@@ -117,7 +119,7 @@ def _run_data(number: int, measured: MeasuredRun, label: str, values: dict[str, 
         "layers": measured.layers,
         "latency": latency,
         "evaluation": measured.evaluation,
-        "gates": _small_gates(run.gates),
+        "gates": _small_gates(measured.gates),
         "is_gated": measured.is_gated,
         "arch": run.recipe.model.arch if run.recipe else None,
         "recipe": run.recipe_text,

@@ -1,5 +1,6 @@
 """Measured latency of deployed networks, beside their dense baselines."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -39,6 +40,7 @@ def measure_latency(
     networks: Mapping[str, nn.Module],
     input_sizes: Mapping[str, tuple[int, int, int]],
     batches: Sequence[int] = (1,),
+    deadline: float | None = None,
     notify: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[int, dict[str, float]]]:
     """Milliseconds of a call of each network, deployed, on the device that `auto` selects here, by name and batch size.
@@ -48,6 +50,8 @@ def measure_latency(
     Args:
         networks: by name; they are moved to the device.
         input_sizes: by the same names, channels, height and width.
+        batches: numbers of images, in ascending order.
+        deadline: of `time.monotonic`; batches that would take more than half of what is left are left out.
         notify: called with the name of the next network, while no timer runs.
 
     Returns:
@@ -58,7 +62,11 @@ def measure_latency(
     memory_format = torch.channels_last if select_channels_last(None, device) else torch.contiguous_format
     rounds, block = TIMING if len(networks) < MANY else TIMING_MANY
     result: dict[str, dict[int, dict[str, float]]] = {name: {} for name in networks}
+    one_image = 0.0  # milliseconds of all networks
     for batch in batches:
+        expected = batch * one_image / 1000 * (rounds + 3)
+        if deadline is not None and expected > (deadline - time.monotonic()) / 2:
+            break
         variants = []
         for name, form in forms.items():
             images = torch.randn(batch, *input_sizes[name], generator=torch.Generator().manual_seed(0))
@@ -67,6 +75,7 @@ def measure_latency(
         times = measure_times(variants, rounds, device_wait(device), notify, block=block)
         for name, seconds in times.items():
             result[name][batch] = spread([1000 * one for one in seconds])
+        one_image = sum(found[batch]["median"] / batch for found in result.values())
     return result
 
 

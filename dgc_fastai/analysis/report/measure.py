@@ -12,7 +12,7 @@ from ...layers.gate_schedule import dgc_layers
 from ...models.cost import budget
 from ...utils.errors import UserError
 from .collect import StoredRun
-from .evaluation import evaluate_validation
+from .evaluation import ValidationImages
 from .latency import MAX_BATCH, dense_baseline, measure_latency
 
 __all__ = ["MeasuredRun", "measure_runs"]
@@ -65,18 +65,18 @@ class MeasuredRun:
         self.layers = [asdict(layer) for layer in cost.layers]
 
 
-def measure_runs(runs: Sequence[MeasuredRun], seconds: float | None, show: Show) -> None:
+def measure_runs(runs: Sequence[MeasuredRun], deadline: float | None, show: Show) -> None:
     """Measure what the runs' folders do not hold; what cannot be measured is said in `missing`.
 
     Args:
-        seconds: leave out evaluations that would take longer.
+        deadline: of `time.monotonic`; what would take longer is left out.
         show: called with what is measured next.
     """
-    _measure_latency(runs, show)
-    _evaluate(runs, seconds, show)
+    _measure_latency(runs, deadline, show)
+    _evaluate(runs, deadline, show)
 
 
-def _measure_latency(runs: Sequence[MeasuredRun], show: Show) -> None:
+def _measure_latency(runs: Sequence[MeasuredRun], deadline: float | None, show: Show) -> None:
     forms: dict[tuple, list[MeasuredRun]] = {}
     for run in runs:
         if run.form is not None:
@@ -94,12 +94,12 @@ def _measure_latency(runs: Sequence[MeasuredRun], show: Show) -> None:
         return
     largest = max(run.predictor.recipe.data.batch_size for run in runs if run.predictor)
     batches = (1, min(largest, MAX_BATCH)) if len(forms) == 1 and largest > 1 else (1,)
-    times = measure_latency(networks, sizes, batches, lambda name: show(f"Timing {name} of {len(networks)}"))
+    times = measure_latency(networks, sizes, batches, deadline, lambda name: show(f"Timing {name}"))
     for form, own in forms.items():
         name, dense = keys[form]
         rows = [
             {"batch": batch, "deployed": times[name][batch], "dense": times[dense][batch] if dense else None}
-            for batch in batches
+            for batch in times[name]
         ]
         for run in own:
             run.latency = rows
@@ -119,7 +119,7 @@ def _add_baseline(
     return name
 
 
-def _evaluate(runs: Sequence[MeasuredRun], seconds: float | None, show: Show) -> None:
+def _evaluate(runs: Sequence[MeasuredRun], deadline: float | None, show: Show) -> None:
     able = [run for run in runs if run.predictor]
     chosen = sorted(able, key=lambda run: -(run.top_1 or 0))[:MAX_EVALUATED] if len(able) > 1 else able
     for run in able:
@@ -129,9 +129,13 @@ def _evaluate(runs: Sequence[MeasuredRun], seconds: float | None, show: Show) ->
         assert run.predictor is not None
         notify = partial(_show_batches, show, run.run.folder.name)
         try:
-            run.evaluation = evaluate_validation(run.predictor, seconds, notify)
+            images = ValidationImages(run.predictor, deadline, notify)
+            run.evaluation = images.evaluate()
+            if run.is_gated and run.gates is None:
+                run.gates = images.gate_statistics()
         except UserError as error:
-            run.run.missing.append(f"Accuracy by class, confusions and mistakes: {error}.")
+            what = "What the gates select" if run.evaluation else "Accuracy by class, confusions and mistakes"
+            run.run.missing.append(f"{what}: {error}.")
 
 
 def _show_batches(show: Show, name: str, done: int, batches: int) -> None:
