@@ -1,13 +1,14 @@
-"""Progress bars, and a line of numbers for each epoch."""
+"""Progress bars, a plot, and a line of numbers for each epoch."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fastai.callback.core import Callback
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .live_plot import LivePlot
 from .order import SHOW_ROW
 
 HEARTBEAT = 60  # seconds between lines within an epoch, where there is no live bar
@@ -31,8 +32,19 @@ COLUMNS: list[tuple[str, str, Callable[[Any], str]]] = [
 ]
 
 
+class _Bars(Progress):
+    """Progress bars with a plot below them."""
+
+    plot: LivePlot | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.plot is not None:
+            yield self.plot
+
+
 class TrainingDisplay(Callback):
-    """Live bars on a terminal, plain lines elsewhere, and a line of numbers for each epoch.
+    """Live bars and a plot on a terminal, plain lines elsewhere, and a line of numbers for each epoch.
 
     It replaces fastai's ProgressCallback. The numbers come from `rows`, which `RunRecorder` extends.
 
@@ -47,11 +59,11 @@ class TrainingDisplay(Callback):
 
     def __init__(self, console: Console, rows: list[dict[str, Any]] | None = None, print_every: int | None = None):
         self.console, self.rows, self.print_every = console, rows, print_every
-        self.bars: Progress | None = None
+        self.bars: _Bars | None = None
 
     def before_fit(self):
         if self.console.is_terminal:
-            self.bars = Progress(
+            self.bars = _Bars(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -62,6 +74,8 @@ class TrainingDisplay(Callback):
             )
             self.whole = self.bars.add_task("training", total=None, note="", visible=self.rows is not None)
             self.part = self.bars.add_task("", total=None, note="")
+            if self.rows is not None:
+                self.bars.plot = LivePlot(self.rows, self.n_epoch)
             self.bars.start()
         if self.rows is not None:
             self._print([heading for _, heading, _ in COLUMNS], style="bold")

@@ -4,7 +4,7 @@
 const AXIS = {stroke: "var(--line)", fill: "var(--muted)"};
 const base = (width, height, options) => ({width, height, marginTop: 22, marginRight: 16, marginBottom: 42, marginLeft: 44, ...options});
 const gridY = (options = {}) => Plot.gridY({stroke: "var(--line)", strokeOpacity: 1, ...options});
-const axisX = (options = {}) => Plot.axisX({tickSize: 0, tickPadding: 8, fill: "var(--muted)", stroke: null, labelArrow: "none", labelAnchor: "center", ...options});
+const axisX = (options = {}) => Plot.axisX({tickSize: 0, tickPadding: 8, fill: "var(--muted)", stroke: null, labelArrow: "none", labelAnchor: "center", labelOffset: 35, ...options});
 const axisY = (options = {}) => Plot.axisY({tickSize: 0, fill: "var(--muted)", stroke: null, labelArrow: "none", label: null, ...options});
 const wholeTicks = (low, high, count) => d3.ticks(low, high, Math.max(2, count)).filter(Number.isInteger);
 const tip = options => ({fontSize: 12, fill: "var(--surface)", stroke: "var(--line)", ...options});
@@ -56,7 +56,7 @@ function trainingCharts(run) {
     run.is_gated && curves(run, {title: "Inactive channels", sub: "Share of channels that a head drops, in percent.", zero: true, top: 100, height: 200,
       text: `Share of inactive channels by epoch; at the end ${percent(final("inactive"), 0)}.`, lines: [{key: "inactive", name: "inactive", color: "var(--second)", scale: 100}]}),
     curves(run, {title: "Learning rate", zero: true, height: 200, text: `Learning rate by epoch, at most ${significant(d3.max(history.lr || [0]))}.`,
-      format: d3.format(".2~e"), sub: "At the end of each epoch.", lines: [{key: "lr", name: "learning rate", color: "var(--second)"}]}),
+      format: value => value ? d3.format(".2~e")(value) : "0", sub: "At the end of each epoch.", lines: [{key: "lr", name: "learning rate", color: "var(--second)"}]}),
   ];
 }
 
@@ -72,7 +72,7 @@ function latencyChart(run) {
   const draw = width => Plot.plot(base(width, 44 + 34 * bars.length + 14 * run.latency.length, {marginLeft: 104, marginRight: 62, marginTop: 6,
     x: {domain: [0, d3.max(bars, bar => bar.high)]}, y: {axis: null, padding: .28}, fy: {label: null, padding: .12, axis: null},
     marks: [
-      axisX({label: "milliseconds per image", ticks: Math.max(3, width / 110)}), Plot.gridX({stroke: "var(--line)", strokeOpacity: 1, ticks: Math.max(3, width / 110)}),
+      axisX({label: "milliseconds per image", labelOffset: 35, ticks: Math.max(3, width / 110)}), Plot.gridX({stroke: "var(--line)", strokeOpacity: 1, ticks: Math.max(3, width / 110)}),
       Plot.barX(bars, {fy: group, y: "label", x: "value", fill: bar => bar.kind === "deployed" ? "var(--accent)" : "var(--plain)", rx: 2}),
       Plot.ruleY(bars, {fy: group, y: "label", x1: "low", x2: "high", stroke: "var(--ink)", strokeWidth: 1}),
       Plot.text(bars, {fy: group, y: "label", x: "high", text: bar => significant(bar.value) + " ms", textAnchor: "start", dx: 6, fill: "var(--ink)"}),
@@ -91,7 +91,7 @@ function costChart(run) {
   const isLess = layers.some(layer => layer.macs < layer.macs_dense);
   const draw = width => Plot.plot(base(width, 260, {x: {domain: layers.map(layer => layer.number), padding: .2}, y: {domain: [0, d3.max(layers, layer => Math.max(layer.macs, layer.macs_dense))], nice: true},
     marks: [
-      gridY({ticks: 5}), axisY({ticks: 5, tickFormat: value => value ? quantity(value) : "0"}),
+      gridY({ticks: 5}), axisY({ticks: 5, tickFormat: "~s"}),
       axisX({label: "layer, from input to output", ticks: layers.map(layer => layer.number).filter(number => number === 1 || number % Math.max(1, Math.ceil(layers.length / (width / 40) / 5) * 5) === 0)}),
       Plot.barY(layers, {x: "number", y: "macs_dense", fill: "var(--accent-soft)"}),
       Plot.barY(layers, {x: "number", y: "macs", fill: "var(--accent)"}),

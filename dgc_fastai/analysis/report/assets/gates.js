@@ -13,7 +13,7 @@ function gateSection(run) {
 const layerAxis = (layers, width) => axisX({label: "DGC layer, from input to output", ticks: wholeTicks(1, layers.length, width / 50), tickFormat: "d"});
 
 function selectionChart(layers) {
-  const lines = [{key: "usage_entropy", name: "varies by image", color: "var(--accent)"}, {key: "class_share", name: "of which explained by the class", color: "var(--second)"}]
+  const lines = [{key: "usage_entropy", name: "varies by image", color: "var(--accent)"}, {key: "class_share", name: "share of this that the class explains", color: "var(--second)"}]
     .filter(line => layers.some(layer => known(layer[line.key])));
   const points = lines.flatMap(line => layers.filter(layer => known(layer[line.key])).map(layer => ({...line, layer, value: 100 * layer[line.key]})));
   const draw = width => Plot.plot(base(width, 250, {x: {domain: [.5, layers.length + .5]}, y: {domain: [0, 100]}, marks: [
@@ -81,7 +81,7 @@ function classHeat(gates, layer) {
     const left = 26 + 7 * d3.max(gates.classes, name => Math.min(14, [...name].length));
     return Plot.plot(base(width, 56 + Math.max(14, Math.min(24, 400 / gates.classes.length)) * gates.classes.length, {marginTop: 6, marginLeft: left, x: {domain: d3.range(layer.channels)}, y: {domain: d3.range(gates.classes.length), label: null}, marks: [
       Plot.axisY({tickSize: 0, fill: "var(--ink)", tickFormat: number => isolated(gates.classes[number], 14), label: null}),
-      axisX({label: "channels, the most used first", ticks: [], tickFormat: () => ""}),
+      axisX({label: "channels, the most used first", labelOffset: 24, ticks: [], tickFormat: () => ""}),
       Plot.cell(cells, {x: "rank", y: "number", fill: "var(--accent)", fillOpacity: {value: "share", scale: null}, inset: 0}),
       Plot.tip(cells, Plot.pointer(tip({x: "rank", y: "number", title: cell => `${isolated(gates.classes[cell.number])}, channel ${cell.channel}\nkept for ${percent(cell.share, 0)} of the images`}))),
     ]}));
