@@ -28,6 +28,7 @@ from rich.console import Console
 
 from ..data.classes import class_names
 from ..data.loaders import build_dataloaders
+from ..layers.gate_schedule import dgc_layers
 from ..models.checkpoints import load_checkpoint
 from ..models.factory import checked_cost, convert_model, create_unconverted, network_cost, prepare
 from ..models.weights import Weights, load_weights, read_weights
@@ -136,7 +137,7 @@ class TrainingRun:
         with lock_run(folder):
             callbacks = [save_state, diagnosis, recorder]
             if launch.is_main_process():
-                callbacks += [display, *logging_callbacks(recipe, folder)]
+                callbacks += [display, *logging_callbacks(recipe, folder, bool(dgc_layers(learn.model)))]
             try:
                 with _callbacks(learn, callbacks), save_state.on_signals(), _errors_of(learn, recorder):
                     learn.fit_recipe(save_state.first_epoch)
