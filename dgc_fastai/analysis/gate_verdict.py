@@ -70,7 +70,7 @@ def _use(layers: Sequence[dict[str, Any]]) -> str:
 
 def _matters(controls: dict[str, Any] | None) -> str:
     if controls is None:
-        return "Without class numbers there is no accuracy, so whether the selection matters is not known."
+        return "Whether the selection matters is not known: that needs class numbers, and two images or more."
     loss, error = -controls["mean"]["difference"], controls["mean"]["standard_error"]
     if loss < max(2 * error, 1e-3):
         text = "Images need no gates of their own"

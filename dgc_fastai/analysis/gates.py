@@ -51,7 +51,8 @@ def look_at_gates(weights: Path, folder: Path, console: Console, data: Path | No
     recipe, classes = predictor.recipe, predictor.classes
     device = select_device("auto")
     model = place(predictor.model, device)
-    loader = build_dataloaders(images, device, classes).valid.new(shuffle=True)
+    loader = build_dataloaders(images, device, classes).valid
+    loader = loader.new(shuffle=True, bs=max(2, loader.bs))  # one image has no other whose gates it could get
 
     def batches(what: str) -> Iterable:
         loader.set_epoch(seed=0, epoch=0)
@@ -65,8 +66,9 @@ def look_at_gates(weights: Path, folder: Path, console: Console, data: Path | No
         "arch": recipe.model.arch,
         "data": "validation",
         **gate_statistics(model, batches("counting what the gates keep"), classes).to_dict(),
-        "controls": gate_controls(model, batches("computing with other gates")),
     }
+    several = gates["images"] > 1
+    gates["controls"] = gate_controls(model, batches("computing with other gates")) if several else None
     gates["verdict"] = verdict(gates)
     samples = sample_gates(model, batches("sampling"), images.statistics)
     of = f"{recipe.name}, {gates['images']:,} validation images"

@@ -40,6 +40,7 @@ def watched_gates(model: nn.Module) -> Iterator[list[Tensor | None]]:
         forward pass, those of dropped channels zero, or None before there was one.
     """
     layers = dgc_layers(model)
+    before = [layer.gate_observer for layer in layers]
     kept: list[Tensor | None] = [None] * len(layers)
     for place, layer in enumerate(layers):
         layer.gate_observer = partial(kept.__setitem__, place)
@@ -47,8 +48,11 @@ def watched_gates(model: nn.Module) -> Iterator[list[Tensor | None]]:
         with torch.compiler.set_stance("force_eager"):
             yield kept
     finally:
-        for layer in layers:
-            del layer.gate_observer
+        for layer, observer in zip(layers, before):
+            if observer is None:
+                del layer.gate_observer
+            else:
+                layer.gate_observer = observer
 
 
 @contextmanager
@@ -100,7 +104,8 @@ class GateCounts:
         # last row is for labels that are not among the classes.
         self.kept = torch.zeros((classes or 0) + 1, columns, device=device)
         self.images = torch.zeros((classes or 0) + 1, device=device)
-        self.together = [torch.zeros(heads, heads, dtype=torch.long, device=device) for heads, _ in self.shapes]
+        pairs = sum(heads**2 for heads, _ in self.shapes)
+        self.together = torch.zeros(pairs, dtype=torch.long, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.sums, self.squares = torch.zeros(2, columns, dtype=wide, device=device)
         self.pivot: Tensor | None = None
@@ -123,9 +128,7 @@ class GateCounts:
                 labels = labels.where((labels >= 0) & (labels < self.classes), self.classes)
             self.kept.index_add_(0, labels, kept)
             self.images.index_add_(0, labels, kept.new_ones(len(labels)))
-            for total, part, (heads, channels) in zip(self.together, self._by_layer(kept), self.shapes):
-                rows = part.view(-1, heads, channels).transpose(0, 1).flatten(1)
-                total += (rows @ rows.T).long()
+            self.together += torch.cat([_common(part, *shape) for part, shape in self._by_layer(kept)]).long()
             if self.pivot is None:  # a variance is exact only if what is squared is small
                 self.pivot = row.sum(0) / kept.sum(0).clamp(min=1)
             off = row.addcmul_(kept, self.pivot, value=-1)
@@ -143,20 +146,28 @@ class GateCounts:
             images, strange = images[:-1], images[-1]
             if strange:
                 raise ValueError(f"{strange:,} labels are none of the {self.classes} classes, 0 to {self.classes - 1}")
-        kept = self.kept[: len(images)].round().long().cpu()
+        kept, together = self.kept[: len(images)].cpu(), self.together.cpu().numpy()
         pivot = self.sums if self.pivot is None else self.pivot
         moments = torch.stack([self.sums, self.squares, pivot.to(self.sums.dtype)]).cpu().double()
-        found = []
-        for one, moment, together, (heads, channels) in zip(
-            self._by_layer(kept), self._by_layer(moments), self.together, self.shapes
-        ):
-            by_class = one.reshape(-1, heads, channels).numpy()
+        found, pairs = [], 0
+        for (one, (heads, channels)), (moment, _) in zip(self._by_layer(kept), self._by_layer(moments)):
+            by_class = one.reshape(-1, heads, channels).round().long().numpy()
             mean, std = _mean_and_std(by_class.sum(0), moment.reshape(3, heads, channels).numpy())
-            found.append(LayerCounts(by_class, images, together.cpu().numpy(), mean, std, self.classes is not None))
+            common = together[pairs : pairs + heads**2].reshape(heads, heads)
+            found.append(LayerCounts(by_class, images, common, mean, std, self.classes is not None))
+            pairs += heads**2
         return found
 
-    def _by_layer(self, columns: Tensor) -> tuple[Tensor, ...]:
-        return columns.split([heads * channels for heads, channels in self.shapes], 1)
+    def _by_layer(self, columns: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Each layer's columns, with its numbers of heads and channels."""
+        parts = columns.split([heads * channels for heads, channels in self.shapes], 1)
+        return zip(parts, self.shapes)
+
+
+def _common(kept: Tensor, heads: int, channels: int) -> Tensor:
+    """How many channels two heads both keep: zeros and ones [B, heads * C] -> sums over the images [heads * heads]."""
+    rows = kept.view(-1, heads, channels).transpose(0, 1).flatten(1)
+    return (rows @ rows.T).flatten()
 
 
 def _mean_and_std(kept: np.ndarray, moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -118,6 +118,7 @@ def gate_statistics(model: nn.Module, dataloader: Iterable, classes: Sequence[st
     device = next(model.parameters()).device
     with evaluating(model), watched_gates(model) as kept:
         for images, labels in image_batches(dataloader, device):
+            kept[:] = [None] * len(layers)
             scores = model(images)
             gates = [_of_all_images(gates, len(images), name) for name, gates in zip(layers, kept)]
             if not are_class_scores(scores):

@@ -77,4 +77,6 @@ def test_networks_set_by_hand():
     assert first == "Layer 1 selects the same channels for 100 % of the images."
     assert second.endswith("of 64 inputs of all heads, 16 are kept for every image, 48 for none.")
     assert third.startswith("Images need no gates of their own")
-    assert verdict(gate_statistics(Selecting(True), [images]).to_dict())[2].startswith("Without class numbers")
+    assert verdict(gate_statistics(Selecting(True), [images]).to_dict())[2].startswith(
+        "Whether the selection matters is not known"
+    )

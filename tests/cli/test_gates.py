@@ -65,6 +65,17 @@ def test_pictures_in_a_folder_that_has_moved(app, tmp_path):
     assert "has other classes than" in text
 
 
+def test_one_image(app, tmp_path):
+    write_imagenet(tmp_path / "pets", classes=("cat", "dog"), valid=1)
+    recipe = "data.name=folder", f"data.path={tmp_path}/pets", "data.size=16", f"output={tmp_path}/runs"
+    app(QUICKSTART, *ONE_EPOCH, *recipe, "data.batch_size=1", "train.epochs=1", expect=None)
+    weights = only(tmp_path / "runs")
+    app("gates", weights)
+    assert json.loads((weights / "gates/gates.json").read_text())["controls"]["images"] == 2
+    (tmp_path / "pets/val/dog/dog_0.JPEG").write_text("no image")
+    app("gates", weights / "last.safetensors", expect=2)
+
+
 def test_mistakes(app, run, tmp_path):
     (tmp_path / "file").write_text("")
     for arguments, message in (

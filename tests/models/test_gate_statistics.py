@@ -1,5 +1,6 @@
 """What `gate_statistics` counts and measures, beside a plain loop over images, heads and channels."""
 
+import copy
 import itertools
 import json
 import math
@@ -172,6 +173,18 @@ def test_what_watches_changes_nothing():
     assert all("gate_observer" not in vars(module) for module in model.modules())
 
 
+def test_two_can_watch():
+    model, (images, _) = Selecting(True), images_of_classes(8)
+    with torch.no_grad(), watched_gates(model) as outer:
+        with watched_gates(model) as inner:
+            model(images)
+        assert inner[0] is not None and outer[0] is None
+        model(images)
+        assert outer[0] is not None
+    torch.jit.script(model.layer)
+    assert copy.deepcopy(model).layer.gate_observer is None
+
+
 def test_kernels_of_a_whole_layer_show_their_gates_too():
     pytest.importorskip("triton")
     model, images = Selecting(True), images_of_classes(8)[0]
@@ -259,6 +272,11 @@ def test_mistakes_are_told():
     for without in (nn.Conv2d(16, 4, 1), deploy(half_closed(stages=(1, 1), growth=(8, 8)))):
         with pytest.raises(UserError, match="no DGC layers"):
             gate_statistics(without, [(images, labels)])
+    runs = iter([True, False])
+    sometimes = nn.ModuleDict({"one": model, "two": Selecting(True)})
+    sometimes.forward = lambda x: model(x) + (sometimes["two"](x) if next(runs) else 0)
+    with pytest.raises(ValueError, match=r"two.layer did not run"):
+        gate_statistics(sometimes, [(images, labels)] * 2)
     unused = nn.ModuleDict({"used": model, "unused": Selecting(True)})
     unused.forward = lambda x: model(x)
     with pytest.raises(ValueError, match=r"unused.layer did not run"):

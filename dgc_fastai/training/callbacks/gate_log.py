@@ -3,10 +3,11 @@
 import logging
 
 import numpy as np
+import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import get_model
 from matplotlib import colormaps
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 
 from ...models.gate_measures import PER_HEAD
 from ...models.gate_statistics import GateStatistics, gate_statistics
@@ -57,7 +58,7 @@ class GateLog(Callback):
 
     def after_validate(self):
         if self.images:
-            images, labels = cat(self.images), cat(self.labels)
+            images, labels = torch.cat(self.images), torch.cat(self.labels)
             batches = zip(images.split(self.dl.bs), labels.split(self.dl.bs))
             try:
                 statistics = gate_statistics(self.network, batches)
