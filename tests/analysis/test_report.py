@@ -224,6 +224,25 @@ def test_the_front_is_what_nothing_beats():
     assert pareto_front(groups, "macs") == ["cheap", "best"]
 
 
+def test_heads_that_always_keep_other_channels_do_not_select_by_image(tmp_path):
+    folder = store_run(tmp_path / "run", weights=False)
+    fixed = {"name": "a", "channels": 3, "usage": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], "usage_by_class": None}
+    varied = {"name": "b", "channels": 3, "usage": [[0.5, 0.5, 0.0]], "usage_by_class": [[[1.0, 0.0, 0.0]]]}
+    (folder / "gates").mkdir()
+    (folder / "gates" / "gates.json").write_text(json.dumps({"format": 1, "layers": [fixed, varied]}))
+    layers = read(folder)["gates"]["layers"]
+    assert layers[0]["inputs"] == {"never": 4, "some": 0, "always": 2} and layers[0]["usage"] == [0.5, 0.5, 0]
+    assert layers[1]["inputs"] == {"never": 1, "some": 2, "always": 0} and layers[1]["usage_by_class"] == [[1, 0, 0]]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "layers": []}'])
+def test_gates_of_another_version_are_missing(tmp_path, text):
+    folder = store_run(tmp_path / "run", weights=False)
+    (folder / "gates").mkdir()
+    (folder / "gates" / "gates.json").write_text(text)
+    assert any("gates.json cannot be read" in line for line in read(folder)["missing"])
+
+
 def test_numbers_are_short_and_finite():
     values = {"a": [math.nan, math.inf, 0.123456789, 3.0], 1: (True, None, "x")}
     assert plain(values) == {"a": [None, None, 0.123457, 3], "1": [True, None, "x"]}

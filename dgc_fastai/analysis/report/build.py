@@ -141,7 +141,11 @@ def _columns(run: StoredRun) -> dict[str, list[float | None]]:
 
 
 def _small_gates(gates: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Gate statistics without what the page does not show; the use of channels as the mean over heads."""
+    """Gate statistics without what the page does not show.
+
+    The use of channels is the mean over heads; `inputs` counts those of single heads that are kept for no, for some and
+    for all images.
+    """
     if gates is None:
         return None
     layers = []
@@ -149,6 +153,12 @@ def _small_gates(gates: dict[str, Any] | None) -> dict[str, Any] | None:
     for layer in gates["layers"]:
         kept = {name: value for name, value in layer.items() if name not in ("by_head", "usage", "usage_by_class")}
         kept["usage"] = _mean_over_heads(layer.get("usage"))
+        shares = [share for head in layer.get("usage") or [] for share in head]
+        kept["inputs"] = {
+            "never": sum(share <= 0 for share in shares),
+            "some": sum(0 < share < 1 for share in shares),
+            "always": sum(share >= 1 for share in shares),
+        }
         by_class = [_mean_over_heads(heads) for heads in layer.get("usage_by_class") or []]
         size += sum(map(len, by_class))
         kept["usage_by_class"] = by_class if by_class and size <= MAX_USAGE else None

@@ -91,7 +91,7 @@ function costChart(run) {
   const isLess = layers.some(layer => layer.macs < layer.macs_dense);
   const draw = width => Plot.plot(base(width, 260, {x: {domain: layers.map(layer => layer.number), padding: .2}, y: {domain: [0, d3.max(layers, layer => Math.max(layer.macs, layer.macs_dense))], nice: true},
     marks: [
-      gridY({ticks: 5}), axisY({ticks: 5, tickFormat: "~s"}),
+      gridY({ticks: 5}), axisY({ticks: 5, tickFormat: value => value ? d3.format("~s")(value) : "0"}),
       axisX({label: "layer, from input to output", ticks: layers.map(layer => layer.number).filter(number => number === 1 || number % Math.max(1, Math.ceil(layers.length / (width / 40) / 5) * 5) === 0)}),
       Plot.barY(layers, {x: "number", y: "macs_dense", fill: "var(--accent-soft)"}),
       Plot.barY(layers, {x: "number", y: "macs", fill: "var(--accent)"}),

@@ -32,20 +32,21 @@ function selectionChart(layers) {
       ...[["mean gate", "gate_mean"], ["spread", "gate_std"]].map(([name, key]) => ({name, number: true, value: layer => layer[key], text: layer => significant(layer[key])}))]});
 }
 
-const USES = [["never kept", "var(--plain)", share => share <= 0], ["for some images", "var(--accent-soft)", share => share > 0 && share < 1], ["always kept", "var(--accent)", share => share >= 1]];
+const USES = [["never", "for no image", "var(--plain)"], ["some", "for some images", "var(--accent-soft)"], ["always", "for every image", "var(--accent)"]];
 
 function usageChart(layers) {
-  const bars = layers.flatMap(layer => USES.map(([name, color, belongs]) => ({number: layer.number, layer, name, color, share: 100 * layer.usage.filter(belongs).length / (layer.usage.length || 1)})));
-  const total = name => d3.mean(bars.filter(bar => bar.name === name), bar => bar.share) / 100;
+  const total = layer => d3.sum(USES, ([key]) => layer.inputs[key]) || 1;
+  const bars = layers.flatMap(layer => USES.map(([key, name, color]) => ({number: layer.number, key, name, color, share: 100 * layer.inputs[key] / total(layer)})));
+  const mean = key => d3.mean(bars.filter(bar => bar.key === key), bar => bar.share) / 100;
   const draw = width => Plot.plot(base(width, 250, {x: {domain: layers.map(layer => layer.number), padding: .15}, y: {domain: [0, 100]}, marks: [
     gridY({ticks: 5}), axisY({ticks: 5}), axisX({label: "DGC layer, from input to output", ticks: wholeTicks(1, layers.length, width / 50)}),
     Plot.barY(bars, {x: "number", y: "share", fill: bar => bar.color, order: null}),
     Plot.tip(layers, Plot.pointerX(tip({x: "number", y: () => 50, title: layer => `${layer.name}\n` + bars.filter(bar => bar.number === layer.number).map(bar => `${bar.name}: ${bar.share.toFixed(0)} %`).join("\n")}))),
   ]}));
-  return chart({title: "How the channels are used", draw, legend: USES.map(([name, color]) => [name, color]), sub: "Share of a layer's input channels, in percent, over all heads and images.",
-    text: `Share of channels by use: on average ${USES.map(([name]) => `${percent(total(name), 0)} ${name}`).join(", ")}.`, rows: layers,
+  return chart({title: "What the heads keep", draw, legend: USES.map(([, name, color]) => [name, color]), sub: "Share of the input channels of all heads, in percent, by the images that they are kept for.",
+    text: `Share of the heads' input channels, on average over layers: ${USES.map(([key, name]) => `${percent(mean(key), 0)} are kept ${name}`).join(", ")}.`, rows: layers,
     columns: [{name: "layer", value: layer => layer.number, number: true}, {name: "name", value: layer => layer.name}, {name: "channels", value: layer => layer.channels, number: true},
-      ...USES.map(([name, , belongs]) => ({name, number: true, value: layer => layer.usage.filter(belongs).length}))]});
+      {name: "heads", value: layer => layer.heads, number: true}, ...USES.map(([key, name]) => ({name, number: true, value: layer => layer.inputs[key]}))]});
 }
 
 function controlChart(controls) {
@@ -86,6 +87,6 @@ function classHeat(gates, layer) {
       Plot.tip(cells, Plot.pointer(tip({x: "rank", y: "number", title: cell => `${isolated(gates.classes[cell.number])}, channel ${cell.channel}\nkept for ${percent(cell.share, 0)} of the images`}))),
     ]}));
   };
-  return chart({title: "Channels by class", draw, sub: `Share of a class's images for which a head keeps the channel, mean over heads: the darker, the more. Layer ${layer.number}, ${layer.name}.`,
+  return chart({title: "Channels by class", draw, sub: `Share of a class's images for which a head keeps the channel, mean over heads: the stronger the color, the more. Layer ${layer.number}, ${layer.name}.`,
     text: `Use of ${layer.channels} channels by class in layer ${layer.name}; ${percent(layer.class_share, 0)} of the variation is explained by the class.`});
 }
