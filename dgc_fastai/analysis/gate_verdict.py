@@ -73,7 +73,9 @@ def _matters(controls: dict[str, Any] | None) -> str:
         return "Whether the selection matters is not known: that needs class numbers, and two images or more."
     loss, error = -controls["mean"]["difference"], controls["mean"]["standard_error"]
     if loss < max(2 * error, 1e-3):
-        text = "Images need no gates of their own"
+        is_known = loss + 2 * error <= LITTLE
+        text = "Images need no gates" if is_known else "Too few images to tell whether they need gates"
+        text += " of their own"
     else:
         text = "Images need their own gates" if loss > LITTLE else "Images gain little from gates of their own"
     text += f": top-1 is {100 * controls['own']:.1f} %"

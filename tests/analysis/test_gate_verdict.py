@@ -50,7 +50,8 @@ def test_what_heads_have_in_common_and_what_is_unused():
     [
         (-0.2, 0.002, "Images need their own gates: top-1 is 90.0 %, with the batch's mean gates 70.0 ± 0.2 %"),
         (-0.006, 0.002, "Images gain little from gates of their own"),
-        (-0.006, 0.004, "Images need no gates of their own"),
+        (-0.004, 0.003, "Images need no gates of their own: top-1"),
+        (-0.006, 0.004, "Too few images to tell whether they need gates of their own: top-1"),
         (-0.0005, 0.0001, "Images need no gates of their own"),
         (0.01, 0.001, "Images need no gates of their own"),
     ],
