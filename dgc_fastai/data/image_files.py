@@ -25,7 +25,7 @@ from .epoch_loader import EpochDL
 from .prefetch import prefetch
 from .resizing import ResizeCrops, flatten_crops
 
-__all__ = ["FileDL", "UnreadableImage", "file_loaders", "open_image", "read_image"]
+__all__ = ["FileDL", "ImageReader", "UnreadableImage", "file_loaders", "open_image"]
 
 RESIZING_DEVICES = ("cuda",)  # they resize the crops of a batch; elsewhere the workers do
 
@@ -53,23 +53,26 @@ def open_image(path: Path) -> PILImage:
         raise UnreadableImage(path, " ".join(reason.split())) from None
 
 
-def read_image(path: Path, data: Data) -> Tensor:
-    """One image file, preprocessed as the validation images of `data`: a normalized tensor [channels, size, size].
+class ImageReader:
+    """Reads image files one by one, as the validation images of `data`: path -> uint8 [channels, size, size].
 
     Raises:
-        UserError: the file cannot be read.
+        UnreadableImage: when called, if the file cannot be read.
     """
-    try:
-        image = open_image(path)
-    except UnreadableImage as error:
-        raise UserError("{}: cannot read the image: {}".format(*error.args)) from None
-    channels, *size = data.input_size
-    if data.is_image_files:
-        steps = [evaluation_transform(data)]
-    else:
-        steps = [v2.Grayscale() if channels == 1 else v2.Identity(), v2.PILToTensor(), v2.Resize(size, antialias=True)]
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*data.statistics)]
-    return v2.Compose(steps)(image)
+
+    def __init__(self, data: Data):
+        channels, *size = data.input_size
+        gray = v2.Grayscale() if channels == 1 else v2.Identity()
+        resized = v2.Compose([gray, v2.PILToTensor(), v2.Resize(size, antialias=True)])
+        self.transform = evaluation_transform(data) if data.is_image_files else resized
+        self.to_float = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*data.statistics)])
+
+    def __call__(self, path: Path) -> Tensor:
+        return self.transform(open_image(path))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """What the network takes of images [..., channels, size, size], on their device."""
+        return self.to_float(images)
 
 
 class ImageTransform(Transform):

@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ..data.image_files import read_image
+from ..data.image_files import ImageReader, UnreadableImage
 from ..models.checkpoints import load_checkpoint
 from ..models.factory import build_model
 from ..ops.device import select_channels_last, select_device
 from ..recipe.loading import parse_recipe
 from ..recipe.schema import Recipe
-from ..utils.errors import CheckpointError
+from ..utils.errors import CheckpointError, UserError
 from .deploy import deploy
+from .prediction_file import Prediction
 
 __all__ = ["Predictor"]
 
@@ -59,16 +62,61 @@ class Predictor:
         Raises:
             UserError: an image cannot be read.
         """
+        for prediction in self.predict_files(images, len(self.classes), batch_size):
+            if prediction.error is not None:
+                raise UserError(f"{prediction.image}: cannot read the image: {prediction.error}")
+            yield prediction.classes
+
+    def predict_files(
+        self, images: Sequence[Path], top: int, batch_size: int = 64, workers: int = 0, flip: bool = False
+    ) -> Iterator[Prediction]:
+        """Classify any number of image files, in their order, on the first GPU if there is one.
+
+        Images that cannot be read come with the reason.
+
+        Args:
+            top: classes for each image, the likeliest.
+            workers: processes that read the files; 0 for this one.
+            flip: average the probabilities of each image and its mirror image.
+        """
         device = select_device("auto")
         model = deploy(self.model.to(device))
         memory_format = torch.channels_last if select_channels_last(None, device) else torch.contiguous_format
-        for start in range(0, len(images), batch_size):
-            batch = torch.stack([read_image(path, self.recipe.data) for path in images[start : start + batch_size]])
-            with torch.no_grad():
-                probabilities = model(batch.to(device, memory_format=memory_format)).softmax(1).cpu()
-            for row in probabilities:
-                order = row.argsort(descending=True).tolist()
-                yield [(self.classes[index], float(row[index])) for index in order]
+        reader = ImageReader(self.recipe.data)
+        loader = DataLoader(
+            _Files(images, reader),
+            batch_size,
+            collate_fn=_collate,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+
+        @torch.inference_mode()
+        def classify(batch: Tensor) -> tuple[Tensor, Tensor]:
+            batch = reader.normalize(batch.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
+            shares = model(batch).softmax(1)
+            if flip:
+                shares = (shares + model(batch.flip(3)).softmax(1)) / 2
+            return shares.topk(min(top, len(self.classes)))
+
+        waiting: tuple[list[Path], list[str | None], tuple[Tensor, Tensor] | None] | None = None
+        start = 0
+        for batch, errors in loader:
+            found = None if batch is None else classify(batch)
+            if waiting:  # a GPU computes the next batch meanwhile
+                yield from self._named(*waiting)
+            waiting = list(images[start : start + len(errors)]), errors, found
+            start += len(errors)
+        if waiting:
+            yield from self._named(*waiting)
+
+    def _named(
+        self, images: list[Path], errors: list[str | None], found: tuple[Tensor, Tensor] | None
+    ) -> Iterator[Prediction]:
+        rows = iter(zip(*(part.tolist() for part in found)) if found else ())
+        for image, error in zip(images, errors):
+            shares, indices = next(rows) if error is None else ((), ())
+            yield Prediction(image, [(self.classes[index], share) for index, share in zip(indices, shares)], error)
 
     def metadata(self) -> dict[str, str]:
         """Class names and preprocessing as JSON, by name: what is needed to use the network elsewhere."""
@@ -76,6 +124,29 @@ class Predictor:
         mean, std = self.recipe.data.statistics
         preprocessing = dict(channels=channels, height=height, width=width, scale=1 / 255, mean=mean, std=std)
         return {"classes": json.dumps(self.classes), "preprocessing": json.dumps(preprocessing)}
+
+
+class _Files(Dataset):
+    """Image files by number: the image, or why it cannot be read."""
+
+    def __init__(self, images: Sequence[Path], reader: ImageReader):
+        self.images, self.reader = images, reader
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self.reader(self.images[index]).as_subclass(Tensor)
+        except UnreadableImage as error:
+            return error.args[1]
+
+
+def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | None]]:
+    """The images of a batch that can be read, and for each of its files an error or None."""
+    images = [item for item in items if isinstance(item, Tensor)]
+    errors = [None if isinstance(item, Tensor) else item for item in items]
+    return torch.stack(images) if images else None, errors
 
 
 def _read_metadata(path: Path) -> tuple[str, list[str]]:

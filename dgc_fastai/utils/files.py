@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .errors import WriteError
 
@@ -16,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["file_lock", "remove_partial", "write_atomically", "write_table"]
+__all__ = ["file_lock", "lock_without_children", "remove_partial", "write_atomically", "write_table"]
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -80,3 +81,19 @@ def file_lock(path: Path) -> Iterator[None]:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def lock_without_children(file: IO) -> None:
+    """Lock a file that is open for writing, until it is closed or this process ends.
+
+    Unlike `file_lock`, processes that this one has started do not hold it: they may outlive it by seconds. Nor does it
+    keep this process from opening the file again.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if fcntl:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except PermissionError as error:  # what some systems raise instead
+            raise BlockingIOError(*error.args) from None

@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
 def test_predictions_are_the_network_s(app, trained):
     run, files, learn = trained
     weights = run / "best.safetensors"
-    answers = json.loads(app("predict", weights, *files, "--json", "--top", "10"))
+    answers = [json.loads(line) for line in app("predict", weights, *files, "--json", "--top", "10").splitlines()]
     learn.model.load_state_dict(load_file(weights))
     with learn.no_bar():
         probabilities, labels = learn.get_preds()
@@ -66,7 +66,7 @@ def test_predictions_for_a_folder_of_one_s_own(app, tmp_path):
     app(QUICKSTART, *SHORT, *recipe)
     weights = only(tmp_path / "runs") / "last.safetensors"
     moved = shutil.move(tmp_path / "pets", tmp_path / "elsewhere")  # the weights are enough
-    (answer,) = json.loads(app("predict", weights, f"{moved}/val/dog/dog_0.JPEG", "--json"))
+    answer = json.loads(app("predict", weights, f"{moved}/val/dog/dog_0.JPEG", "--json"))
     assert {one["class"] for one in answer["predictions"]} == {"cat", "dog"}
 
 
@@ -100,7 +100,12 @@ def broken(trained, tmp_path):
 PREDICT = {
     "missing image": (("good.safetensors", "nowhere.png"), "nowhere.png: cannot read the image: No such file"),
     "text as image": (("good.safetensors", "text.png"), "text.png: cannot read the image: cannot identify"),
-    "folder as image": (("good.safetensors", "empty"), "empty: cannot read the image: it is a folder"),
+    "folder without images": (("good.safetensors", "empty"), "empty: there are no images in this folder (.jpg, "),
+    "pattern of none": (("good.safetensors", "*.tiff"), "*.tiff: no file has a name like this"),
+    "no part": (("good.safetensors", "good.png", "--shard", "0/2"), "--shard 0/2: use I/N, such as 1/8"),
+    "no table": (("good.safetensors", "good.png", "--out", "x.txt"), "--out x.txt: use a name that ends in .jsonl or"),
+    "nowhere to write": (("good.safetensors", "good.png", "--out", "x/y.csv"), "--out x/y.csv: there is no folder"),
+    "nothing to continue": (("good.safetensors", "good.png", "--resume"), "--resume continues the file of --out; name"),
     "no class": (("good.safetensors", "good.png", "--top", "0"), "Must be >= 1"),
     "no image": (("good.safetensors",), "IMAGE"),
     "missing weights": (

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from dgc_fastai import build_learner, load_recipe
-from dgc_fastai.data.image_files import read_image
+from dgc_fastai.data.image_files import ImageReader
 from dgc_fastai.data.loaders import build_dataloaders
 from dgc_fastai.recipe.schema import Data
 from helpers import QUICKSTART
@@ -65,4 +65,5 @@ def test_an_image_file_is_seen_as_in_validation(tmp_path, name):
         image = dls.valid_ds.images[0]
         Image.fromarray((image[0] if len(image) == 1 else image.permute(1, 2, 0)).numpy()).save(file)
     expected = dls.valid.one_batch()[0][0]
-    torch.testing.assert_close(read_image(file, data), expected.as_subclass(torch.Tensor))
+    reader = ImageReader(data)
+    torch.testing.assert_close(reader.normalize(reader(file)), expected.as_subclass(torch.Tensor))
