@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ImageSource = Annotated[
     Path,
-    Parameter(allow_leading_hyphen=True, help="An image, a folder, a pattern in quotes, or - for a list on stdin."),
+    Parameter(allow_leading_hyphen=True, help="An image, a folder, a pattern in quotes, or - for stdin's list."),
 ]
 MANY_IMAGES = 256  # whose decoding takes longer than starting processes for it
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -56,6 +57,11 @@ class Predictor:
         model = load_checkpoint(build_model(recipe.model, len(classes), recipe.data.input_size), path)
         return cls(model.eval(), recipe, classes)
 
+    @cached_property
+    def deployed(self) -> nn.Module:
+        """The network, deployed, on the first GPU if there is one; made when first used."""
+        return deploy(self.model.to(select_device("auto")))
+
     def predict(self, images: Sequence[Path], batch_size: int = 64) -> Iterator[list[tuple[str, float]]]:
         """For each image file, the classes and their probabilities in [0, 1], the likeliest first.
 
@@ -79,8 +85,7 @@ class Predictor:
             workers: processes that read the files; 0 for this one.
             flip: average the probabilities of each image and its mirror image.
         """
-        device = select_device("auto")
-        model = deploy(self.model.to(device))
+        device, model = select_device("auto"), self.deployed
         memory_format = torch.channels_last if select_channels_last(None, device) else torch.contiguous_format
         reader = ImageReader(self.recipe.data)
         loader = DataLoader(
