@@ -129,8 +129,8 @@ def predict(
         return
     with PredictionFile(out, top, resume) as file:
         left = [path for path in paths if str(path) not in file.done]
-        unreadable = _write(classify(left), file, batch_size)
-    _tell(out, asked, len(left), len(paths) - len(left), unreadable)
+        failed = _write(classify(left), file, batch_size)
+    _tell(out, asked, len(left), len(paths) - len(left), failed)
 
 
 def _images_of(sources: "Sequence[Path]", shard: str | None) -> tuple[list[Path], int]:
@@ -142,10 +142,10 @@ def _images_of(sources: "Sequence[Path]", shard: str | None) -> tuple[list[Path]
     return [path for path in paths if part.has(path)] if part else paths, len(paths)
 
 
-def _tell(out: Path, asked: int, written: int, there: int, unreadable: int) -> None:
+def _tell(out: Path, asked: int, written: int, there: int, failed: int) -> None:
     text = f"Wrote {written:,} of {asked:,} images to {out}."
     text += f" {there:,} were there already." if there else ""
-    text += f" {unreadable:,} could not be read, and their lines say why." if unreadable else ""
+    text += f" {failed:,} could not be classified; their lines say why." if failed else ""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -169,28 +169,28 @@ def _with_progress(predictions: "Iterator[Prediction]", count: int) -> "Iterator
 
 def _warn(prediction: "Prediction") -> None:
     name = os.fsencode(prediction.image).decode(errors="replace")
-    text = f"cannot read the image {name}: {prediction.error}"
+    text = f"{name}: {prediction.error}"
     errors.print("[yellow]warning:[/] ", end="")
     errors.print(" ".join(text.split()), markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(predictions: "Iterator[Prediction]", file: "PredictionFile", batch_size: int) -> int:
-    """Write predictions batch by batch; return how many images could not be read."""
-    unreadable = 0
+    """Write predictions batch by batch; return how many images could not be classified."""
+    failed = 0
     while batch := list(islice(predictions, batch_size)):
         file.write(batch)
         for prediction in batch:
             if prediction.error is not None:
-                unreadable += 1
+                failed += 1
                 _warn(prediction)
-    return unreadable
+    return failed
 
 
 def _print(predictions: "Iterator[Prediction]", as_json: bool, asked: int) -> None:
     """Print predictions as they come.
 
     Raises:
-        UserError: no image can be read.
+        UserError: no image can be classified.
     """
     from ..inference.prediction_file import as_json as to_json
 
@@ -200,7 +200,7 @@ def _print(predictions: "Iterator[Prediction]", as_json: bool, asked: int) -> No
         count, readable = count + 1, readable + (error is None)
         if error is not None:
             if asked == 1:
-                raise UserError(f"{path}: cannot read the image: {error}")
+                raise UserError(f"{path}: {error}")
             _warn(prediction)
         if as_json:
             print(to_json(prediction), flush=True)
@@ -209,7 +209,7 @@ def _print(predictions: "Iterator[Prediction]", as_json: bool, asked: int) -> No
             line = "   ".join(f"[bold]{escape(name)}[/] {100 * probability:.2f} %" for name, probability in classes)
             results.print(Padding(Text.from_markup(line), (0, 0, 0, 4), expand=False), highlight=False)
     if count and not readable:
-        raise UserError(f"none of the {count:,} images can be read")
+        raise UserError(f"none of the {count:,} images can be classified")
 
 
 @app.command(

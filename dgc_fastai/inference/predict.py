@@ -1,6 +1,7 @@
 """Trained weights -> the network they belong to, and what it says about images."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,11 +67,11 @@ class Predictor:
         """For each image file, the classes and their probabilities in [0, 1], the likeliest first.
 
         Raises:
-            UserError: an image cannot be read.
+            UserError: there are none for an image; see `predict_files`.
         """
         for prediction in self.predict_files(images, len(self.classes), batch_size):
             if prediction.error is not None:
-                raise UserError(f"{prediction.image}: cannot read the image: {prediction.error}")
+                raise UserError(f"{prediction.image}: {prediction.error}")
             yield prediction.classes
 
     def predict_files(
@@ -78,7 +79,7 @@ class Predictor:
     ) -> Iterator[Prediction]:
         """Classify any number of image files, in their order, on the first GPU if there is one.
 
-        Images that cannot be read come with the reason.
+        Images that cannot be read, or for which the network's output is NaN or Inf, come with that as their error.
 
         Args:
             top: classes for each image, the likeliest.
@@ -121,6 +122,8 @@ class Predictor:
         rows = iter(zip(*(part.tolist() for part in found)) if found else ())
         for image, error in zip(images, errors):
             shares, indices = next(rows) if error is None else ((), ())
+            if any(map(math.isnan, shares)):
+                shares, error = (), "the network's output is NaN or Inf"
             yield Prediction(image, [(self.classes[index], share) for index, share in zip(indices, shares)], error)
 
     def metadata(self) -> dict[str, str]:
@@ -144,7 +147,7 @@ class _Files(Dataset):
         try:
             return self.reader(self.images[index]).as_subclass(Tensor)
         except UnreadableImage as error:
-            return error.args[1]
+            return f"cannot read the image: {error.args[1]}"
 
 
 def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | None]]:

@@ -23,7 +23,7 @@ class Prediction(NamedTuple):
     Attributes:
         image: its path.
         classes: class names and their probabilities in [0, 1], the likeliest first.
-        error: why the file cannot be read, and then there are no classes.
+        error: why there are no classes: the file cannot be read, or the network's output is NaN or Inf.
     """
 
     image: Path

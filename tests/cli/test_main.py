@@ -129,7 +129,7 @@ EARLY = {
     "weights": (("predict", "nowhere.safetensors", "README.md"), "nowhere.safetensors: cannot read the weights"),
     "weights to export": (("export", "nowhere", "net.onnx"), "nowhere: cannot read the weights"),
     "image": (("predict", "README.md", "nowhere.png"), "nowhere.png: cannot read the image: No such file"),
-    "folder of images": (("predict", "README.md", "tests"), "tests: cannot read the image: it is a folder"),
+    "folder of images": (("predict", "README.md", "tests"), "tests: there are no images in this folder"),
 }
 
 

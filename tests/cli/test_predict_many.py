@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dgc_fastai import load_recipe, save_checkpoint
 from dgc_fastai.models.factory import build_model
@@ -48,8 +50,8 @@ def records(text):
 
 @pytest.fixture
 def predict(app, pictures):
-    def call(*arguments, **keywords):
-        return app("predict", "w.safetensors", *arguments, cwd=pictures, **keywords)
+    def call(*arguments, weights="w.safetensors", **keywords):
+        return app("predict", weights, *arguments, cwd=pictures, **keywords)
 
     return call
 
@@ -71,7 +73,7 @@ def test_a_folder_with_images_that_cannot_be_read(predict, expected, tmp_path, c
             shares = {one["class"]: one["probability"] for one in classes or ()}
             assert {one["class"]: one["probability"] for one in found[name] or ()} == pytest.approx(shares, abs=2e-6)
     lines = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
-    assert next(one["error"] for one in lines if "error" in one).startswith("cannot identify image file")
+    assert next(one["error"] for one in lines if "error" in one).startswith("cannot read the image: cannot identify")
 
 
 def test_warnings_name_them_and_the_rest_goes_on(pictures):
@@ -79,16 +81,24 @@ def test_warnings_name_them_and_the_rest_goes_on(pictures):
     done = subprocess.run(command, cwd=pictures, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(" %") == COUNT
     first, second = done.stderr.splitlines()
-    assert first == "warning: cannot read the image images/07 text.png: cannot identify image file"
-    assert second.startswith("warning: cannot read the image images/more/half.png: ")
+    assert first == "warning: images/07 text.png: cannot read the image: cannot identify image file"
+    assert second.startswith("warning: images/more/half.png: cannot read the image: ")
 
 
 def test_none_that_can_be_read(predict):
     answer = predict("images/07 text.png", "images/more/half.png", expect=2)
-    assert answer.endswith("error: none of the 2 images can be read\n") and answer.count("warning: ") == 2
+    assert answer.endswith("error: none of the 2 images can be classified\n") and answer.count("warning: ") == 2
     assert predict("images/07 text.png", expect=2).startswith(
         "error: images/07 text.png: cannot read the image: cannot"
     )
+
+
+def test_a_network_that_overflows(predict, pictures, tmp_path):
+    """NaN is no probability, and no JSON."""
+    state, metadata = load_file(pictures / "w.safetensors"), safe_open(pictures / "w.safetensors", "pt").metadata()
+    save_file({**state, "classifier.bias": torch.full((10,), torch.nan)}, tmp_path / "nan.safetensors", metadata)
+    answer = predict("images/00.png", weights=tmp_path / "nan.safetensors", expect=2)
+    assert answer == "error: images/00.png: the network's output is NaN or Inf\n"
 
 
 def test_a_pattern_and_a_list(predict, expected, monkeypatch):
