@@ -23,7 +23,8 @@ def named_dgc_layers(model: nn.Module) -> dict[str, DynamicGroupConv2d]:
     Raises:
         UserError: there is none.
     """
-    found = {name: one for name, one in model.named_modules() if isinstance(one, DynamicGroupConv2d)}
+    network = getattr(model, "_orig_mod", model)  # of torch.compile
+    found = {name: one for name, one in network.named_modules() if isinstance(one, DynamicGroupConv2d)}
     if not found:
         raise UserError(f"the network ({type(model).__name__}) has no DGC layers; nor has one that was deployed")
     return found

@@ -97,6 +97,16 @@ def test_an_image_alone_has_no_other():
     assert not model.layer.gates._forward_hooks, "hooks are removed after an error"
 
 
+def test_compiled_networks():
+    images, labels = images_of_classes(20)
+    model = Selecting(True)
+    expected = gate_controls(model, [(images, labels)])
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(images)
+    assert gate_controls(model, [(images, labels)]) == expected
+
+
 def test_mistakes_are_told():
     images, labels = images_of_classes(8)
     kinds = "no kind of gates 'others'; there are another_image, mean, input_free"

@@ -208,6 +208,19 @@ def test_batches_do_not_matter():
             np.testing.assert_allclose(one.measures[name], two.measures[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_networks(in_place):
+    model, (images, labels) = Selecting(True), images_of_classes(20)
+    expected = gate_statistics(model, [(images, labels)]).to_dict()
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        model(images)  # compiled before anybody looks
+    assert gate_statistics(model, [(images, labels)]).to_dict() == expected
+
+
 def test_memory_does_not_grow_with_the_images():
     """Neither does the time of the end: all that is kept are tables whose sizes do not depend on the images."""
     model, (images, labels) = Selecting(True), images_of_classes(8)
