@@ -39,7 +39,7 @@ class Distillation(Callback):
         self.teacher, self.weight, self.temperature = deploy(teacher), weight, temperature
 
     def before_train(self):
-        self.teacher.to(self.dls.device)
+        self.teacher.to(next(self.model.parameters()).device)
 
     def after_loss(self):
         if not self.training:
