@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dgc_fastai.analysis.report import evaluation as evaluation_module
-from dgc_fastai.analysis.report import latency
+from dgc_fastai.analysis.report import latency, measure
 from dgc_fastai.analysis.report.build import page_data, write_report
 from dgc_fastai.analysis.report.collect import find_runs, read_stored_run, unstarted_runs
 from dgc_fastai.analysis.report.evaluation import TooLong, ValidationImages
@@ -54,6 +54,25 @@ def test_a_run_has_everything(tmp_path):
     assert run["ms"] == run["latency"][0]["deployed"]["median"] and run["evaluation"]["images"] == 360
     assert [line.partition(":")[0] for line in run["missing"]] == ["Accuracy with the gates of another image"]
     assert len(run["gates"]["layers"]) == 3 and run["gates"]["images"] == 360
+
+
+def test_runs_of_one_network_are_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "MAX_EVALUATED", 2)
+    for factor in (0.25, 0.5):
+        for seed in range(3):
+            overrides = [f"model.gate_factor={factor}", f"train.seed={seed}"]
+            store_run(tmp_path / "runs" / f"{factor}-{seed}", *overrides, top_1=factor + seed / 100)
+    loaded, load = [], Predictor.from_weights
+    monkeypatch.setattr(measure.Predictor, "from_weights", lambda path: loaded.append(path) or load(path))
+    data = content(write_report([tmp_path / "runs"]).read_text())
+    assert [path.parent.name for path in loaded] == ["0.5-2", "0.5-1", "0.25-2"]
+    times = {run["label"]: set() for run in data["runs"]}
+    for run in data["runs"]:
+        times[run["label"]].add(run["ms"])
+        assert sum(layer["macs"] for layer in run["layers"]) == run["macs"] and run["is_gated"]
+    assert len(times) == 2 and all(len(one) == 1 for one in times.values())
+    assert len({run["dense_ms"] for run in data["runs"]}) == 1
+    assert [run["name"] for run in data["runs"] if run["evaluation"]] == ["0.5-1", "0.5-2"]
 
 
 def test_a_baseline_has_no_gates_and_no_baseline(tmp_path):

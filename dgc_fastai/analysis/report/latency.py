@@ -10,13 +10,11 @@ import torch
 from torch import nn
 
 from ...inference.deploy import deploy
-from ...inference.predict import Predictor
-from ...models.factory import build_model
 from ...ops.device import select_channels_last, select_device
 from ..benchmark_plan import device_wait
 from ..timing import Variant, describe_machine, measure_times, spread
 
-__all__ = ["dense_baseline", "describe_here", "measure_latency"]
+__all__ = ["describe_here", "measure_latency"]
 
 MANY = 8  # networks, from which on each is timed for less long
 TIMING, TIMING_MANY = (7, 0.1), (5, 0.02)  # rounds, and seconds of a network in each
@@ -26,14 +24,6 @@ MAX_BATCH = 64
 def describe_here() -> dict[str, Any]:
     """The machine that this process measures on."""
     return describe_machine(select_device("auto"))
-
-
-def dense_baseline(predictor: Predictor) -> nn.Module | None:
-    """The network with an ordinary convolution in place of each DGC layer, with random weights; None if it is that."""
-    recipe = predictor.recipe
-    if recipe.model.dense == recipe.model:
-        return None
-    return build_model(recipe.model.dense, len(predictor.classes), recipe.data.input_size)
 
 
 def measure_latency(

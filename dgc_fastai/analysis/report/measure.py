@@ -10,10 +10,12 @@ from torch import nn
 from ...inference.predict import Predictor
 from ...layers.gate_schedule import dgc_layers
 from ...models.cost import budget
+from ...models.factory import build_model
+from ...recipe.schema import GATES
 from ...utils.errors import UserError
 from .collect import StoredRun
 from .evaluation import ValidationImages
-from .latency import MAX_BATCH, dense_baseline, measure_latency
+from .latency import MAX_BATCH, measure_latency
 
 __all__ = ["MeasuredRun", "measure_runs"]
 
@@ -33,18 +35,29 @@ class MeasuredRun:
         self.evaluation: dict[str, Any] | None = None
         self.gates = run.gates
         self.is_gated = any((row.get("inactive") or 0) > 0 for row in run.history)
-        if run.weights:
-            try:
-                self.predictor = Predictor.from_weights(run.weights)
-            except UserError as error:
-                run.missing.append(f"The weights cannot be read: {error}")
-        if self.predictor:
+
+    def load(self) -> None:
+        """Read the weights, and count what the network costs."""
+        assert self.run.weights is not None
+        try:
+            self.predictor = Predictor.from_weights(self.run.weights)
+        except UserError as error:
+            self.run.missing.append(f"The weights cannot be read: {error}")
+        else:
             self._count_cost(self.predictor)
 
     @property
     def top_1(self) -> float | None:
         """Of the best epoch, in [0, 1]."""
         return (self.run.summary.get("best") or {}).get("top_1")
+
+    @property
+    def kind(self) -> str | None:
+        """The same for runs whose networks differ in their weights only; None if there is no network."""
+        recipe, best = self.run.recipe, self.run.summary.get("best") or {}
+        if recipe is None or self.run.weights is None:
+            return None
+        return f"{recipe.model.model_dump_json()} {recipe.data.model_dump_json()} {best.get('inactive')}"
 
     @property
     def form(self) -> tuple | None:
@@ -72,8 +85,22 @@ def measure_runs(runs: Sequence[MeasuredRun], deadline: float | None, show: Show
         deadline: of `time.monotonic`; what would take longer is left out.
         show: called with what is measured next.
     """
+    able = sorted((run for run in runs if run.run.weights), key=lambda run: -(run.top_1 or 0))
+    twins: dict[str | None, MeasuredRun] = {}
+    for number, run in enumerate(able):
+        if number < MAX_EVALUATED or run.kind is None or run.kind not in twins:
+            show(f"Reading {run.run.folder.name}")
+            run.load()
+            if run.predictor:
+                twins.setdefault(run.kind, run)
     _measure_latency(runs, deadline, show)
-    _evaluate(runs, deadline, show)
+    for run in able:
+        if run.kind in twins and not run.predictor:  # the same network with another seed
+            twin = twins[run.kind]
+            run.layers, run.latency, run.is_gated = twin.layers, twin.latency, twin.is_gated
+    _evaluate(able[:MAX_EVALUATED], deadline, show)
+    for run in able[MAX_EVALUATED:]:
+        run.run.missing.append(f"Accuracy by class: of several runs, only the {MAX_EVALUATED} best are evaluated.")
 
 
 def _measure_latency(runs: Sequence[MeasuredRun], deadline: float | None, show: Show) -> None:
@@ -94,7 +121,7 @@ def _measure_latency(runs: Sequence[MeasuredRun], deadline: float | None, show: 
         return
     largest = max(run.predictor.recipe.data.batch_size for run in runs if run.predictor)
     batches = (1, min(largest, MAX_BATCH)) if len(forms) == 1 and largest > 1 else (1,)
-    times = measure_latency(networks, sizes, batches, deadline, lambda name: show(f"Timing {name}"))
+    times = measure_latency(networks, sizes, batches, deadline, lambda name: show(f"Timing {name.split(' {')[0]}"))
     for form, own in forms.items():
         name, dense = keys[form]
         rows = [
@@ -109,24 +136,19 @@ def _add_baseline(
     predictor: Predictor, networks: dict[str, nn.Module], sizes: dict[str, tuple[int, int, int]]
 ) -> str | None:
     """Add the dense baseline of a network, unless it is there: its name; None if the network is dense itself."""
-    baseline = dense_baseline(predictor)
-    if baseline is None:
+    model, size, classes = predictor.recipe.model, predictor.recipe.data.input_size, len(predictor.classes)
+    if model.dense == model:
         return None
-    size = predictor.recipe.data.input_size
-    shapes = [(key, tuple(value.shape)) for key, value in baseline.state_dict().items()]
-    name = f"baseline {hash((size, tuple(shapes)))}"
-    networks[name], sizes[name] = baseline, size
+    name = f"baseline {model.dense.model_dump_json(exclude=GATES)} {size} {classes}"  # which has no gates
+    if name not in networks:
+        networks[name], sizes[name] = build_model(model.dense, classes, size), size
     return name
 
 
 def _evaluate(runs: Sequence[MeasuredRun], deadline: float | None, show: Show) -> None:
-    able = [run for run in runs if run.predictor]
-    chosen = sorted(able, key=lambda run: -(run.top_1 or 0))[:MAX_EVALUATED] if len(able) > 1 else able
-    for run in able:
-        if run not in chosen:
-            run.run.missing.append(f"Accuracy by class: of several runs, only the {MAX_EVALUATED} best are evaluated.")
-    for run in chosen:
-        assert run.predictor is not None
+    for run in runs:
+        if run.predictor is None:
+            continue
         notify = partial(_show_batches, show, run.run.folder.name)
         try:
             images = ValidationImages(run.predictor, deadline, notify)
