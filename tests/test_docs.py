@@ -52,6 +52,7 @@ def scene(tmp_path, monkeypatch, run):
     (tmp_path / "train").rename(tmp_path / "pictures")
     for animal in ("cat", "dog"):
         Image.new("RGB", (40, 30), "gray").save(tmp_path / f"{animal}.jpg")
+    shutil.copytree(tmp_path / "pictures", tmp_path / "photos")
     (tmp_path / "recipes").mkdir()
     quickstart = load_recipe(ROOT / "recipes/quickstart.yaml", TINY)
     (tmp_path / "recipes/quickstart.yaml").write_text(quickstart.to_yaml())
