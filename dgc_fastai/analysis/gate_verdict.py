@@ -25,9 +25,12 @@ def verdict(gates: dict[str, Any]) -> list[str]:
 
 
 def layer_kind(layer: dict[str, Any]) -> str:
-    """What a layer selects by: "class"; "image", if not by class; "fixed", by nothing; "open" if it drops nothing."""
+    """What a layer selects by: "class"; "image", if not by class; "fixed", by nothing; "open" if it drops nothing,
+    "closed" if it keeps nothing."""
     if not layer["inactive"]:
         return "open"
+    if layer["fixed_share"] is None:
+        return "closed"
     if layer["usage_entropy"] <= FIXED:
         return "fixed"
     return "class" if (layer["class_share"] or 0) >= BY_CLASS else "image"
@@ -36,7 +39,7 @@ def layer_kind(layer: dict[str, Any]) -> str:
 def _selection(layers: Sequence[dict[str, Any]]) -> str:
     kinds = [layer_kind(layer) for layer in layers]
     found = []
-    for kind in ("class", "image", "fixed", "open"):
+    for kind in ("class", "image", "fixed", "open", "closed"):
         numbers = [number for number, one in enumerate(kinds, 1) if one == kind]
         if numbers:
             chosen = [layers[number - 1] for number in numbers]
@@ -53,7 +56,7 @@ def _does(kind: str, layers: Sequence[dict[str, Any]]) -> str:
         return f"select{end} by image" + ("" if layers[0]["class_share"] is None else ", whatever its class")
     if kind == "fixed":
         return f"select{end} the same channels for {_percent(layers, 'fixed_share')} of the images"
-    return f"drop{end} no channels"
+    return f"keep{end} nothing" if kind == "closed" else f"drop{end} no channels"
 
 
 def _use(layers: Sequence[dict[str, Any]]) -> str:
@@ -99,4 +102,5 @@ def _named(numbers: Sequence[int]) -> str:
 
 
 def _percent(layers: Sequence[dict[str, Any]], key: str) -> str:
-    return f"{100 * mean(layer[key] for layer in layers):.0f} %"
+    known = [layer[key] for layer in layers if layer[key] is not None]
+    return f"{100 * mean(known):.0f} %" if known else "none"

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 
 from ..data.classes import class_names
 from ..data.loaders import build_dataloaders
@@ -65,7 +66,7 @@ def look_at_gates(weights: Path, folder: Path, console: Console, data: Path | No
         "recipe": recipe.name,
         "arch": recipe.model.arch,
         "data": "validation",
-        **gate_statistics(model, batches("counting what the gates keep"), classes).to_dict(),
+        **_statistics(model, batches("counting what the gates keep"), classes),
     }
     several = gates["images"] > 1
     gates["controls"] = gate_controls(model, batches("computing with other gates")) if several else None
@@ -80,6 +81,13 @@ def look_at_gates(weights: Path, folder: Path, console: Console, data: Path | No
     }
     _write(folder, gates, pictures)
     return gates
+
+
+def _statistics(model: nn.Module, batches: Iterable, classes: list[str]) -> dict[str, Any]:
+    try:
+        return gate_statistics(model, batches, classes).to_dict()
+    except ValueError as error:  # layers that do not see each image once
+        raise UserError(f"what the gates of this network select cannot be counted: {error}") from None
 
 
 def _network_and_data(weights: Path, path: Path | None) -> tuple[Predictor, Data]:

@@ -25,6 +25,11 @@ def write_final_report(folder: Path, trained: float) -> None:
         with console.status("Writing the report"):
             from ..analysis.report.build import write_report
         path = write_report([folder], console=console, seconds=max(SECONDS, SHARE * trained))
+    except KeyboardInterrupt:  # nobody wants to wait for it
+        errors.print(
+            f"report.html was left out; to write it: {program()} report {folder}", style="yellow", markup=False
+        )
+        return
     except Exception as error:  # the training has ended well, whatever this is
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         text = f"report.html was not written: {' '.join(reason.split())}; to try again: {program()} report {folder}"

@@ -40,8 +40,9 @@ class LayerGates:
         return self.counts.kept.sum(0) / self.counts.images.sum()
 
     def mean(self, measure: str) -> float:
-        """A measure's mean over the heads; NaN where not defined."""
-        return float(self.measures[measure].mean())
+        """A measure's mean over the heads for which it is defined; NaN if it is for none."""
+        known = self.measures[measure][~np.isnan(self.measures[measure])]
+        return float(known.mean()) if len(known) else float("nan")
 
     def to_dict(self, by_class: bool = True) -> dict[str, Any]:
         """As JSON; see `GateStatistics.to_dict`."""

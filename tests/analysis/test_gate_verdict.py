@@ -1,9 +1,11 @@
 """The three lines of `dgc gates`, from numbers and from networks whose weights are set by hand."""
 
 import pytest
+import torch
 
 from dgc_fastai import gate_controls, gate_statistics
 from dgc_fastai.analysis.gate_verdict import layer_kind, verdict
+from dgc_fastai.layers.dynamic_group_conv import HeadGates
 from helpers.selecting import Selecting, images_of_classes
 
 
@@ -81,3 +83,19 @@ def test_networks_set_by_hand():
     assert verdict(gate_statistics(Selecting(True), [images]).to_dict())[2].startswith(
         "Whether the selection matters is not known"
     )
+
+
+def test_heads_that_keep_nothing_are_said():
+    images, _ = images_of_classes()
+    model = Selecting(True)
+    gates = next(module for module in model.modules() if isinstance(module, HeadGates))
+    with torch.no_grad():
+        gates.excite[0].zero_()
+        gates.bias[0].fill_(-1)
+    first, *_ = verdict(gate_statistics(model, [images]).to_dict())  # one head of several
+    assert first.startswith("Layer 1 selects")
+    with torch.no_grad():
+        gates.excite.zero_()
+        gates.bias.fill_(-1)
+    first, second, _ = verdict(gate_statistics(model, [images]).to_dict())
+    assert first == "Layer 1 keeps nothing." and "none of their channels" in second

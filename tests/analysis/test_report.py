@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ import torch
 from dgc_fastai.analysis.report import evaluation as evaluation_module
 from dgc_fastai.analysis.report import latency, measure
 from dgc_fastai.analysis.report.build import page_data, write_report
-from dgc_fastai.analysis.report.collect import find_runs, read_stored_run, unstarted_runs
+from dgc_fastai.analysis.report.collect import StoredRun, find_runs, read_stored_run, unstarted_runs
 from dgc_fastai.analysis.report.evaluation import TooLong, ValidationImages
-from dgc_fastai.analysis.report.groups import common_differences, group_runs, label_runs, pareto_front
+from dgc_fastai.analysis.report.groups import common_differences, group_runs, label_runs, pareto_front, recipe_value
 from dgc_fastai.analysis.report.measure import MeasuredRun
 from dgc_fastai.analysis.report.page import plain, render
 from dgc_fastai.data.loaders import build_dataloaders
 from dgc_fastai.inference.predict import Predictor
+from dgc_fastai.recipe.loading import load_recipe
+from dgc_fastai.recipe.schema import Convert
+from helpers import ROOT
 from helpers.datasets import write_imagenet
 from helpers.stored_runs import store_run
 
@@ -224,8 +228,25 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path):
     assert label_runs(runs, keys) == ["gate_factor=0.25", "gate_factor=0.25", "gate_factor=0.5"]
 
 
+def test_values_that_are_sections_have_a_text():
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml")
+    model = recipe.model.model_copy(update={"convert": Convert(gate_factor=0.5)})
+    run = StoredRun(Path("run"), recipe=recipe.model_copy(update={"model": model}))
+    assert '"gate_factor": 0.5' in recipe_value(run, "model.convert")
+
+
+def test_a_sweep_over_seeds_alone_is_labeled_by_its_recipe(tmp_path):
+    for seed in (0, 1):
+        name = f"000{seed + 1}-quick-seed-{seed}"
+        store_run(tmp_path / name, f"train.seed={seed}", f"name={name}", weights=False)
+    runs = [read_stored_run(folder) for folder in find_runs([tmp_path])]
+    assert label_runs(runs, common_differences(runs)) == ["quick", "quick"]
+
+
 def test_groups_have_the_standard_error_of_the_mean():
-    rows = [dict(id=n, label="a", top_1=top_1, macs=1, ms=None) for n, top_1 in enumerate([0.1, 0.3, None])]
+    rows = [dict(id=n, label="a", top_1=top_1, macs=1, ms=None) for n, top_1 in enumerate([0.1, 0.3, None, 0.9])]
+    for row in rows:
+        row["state"] = "interrupted" if row["top_1"] == 0.9 else "finished"  # its gates are still open
     (group,) = group_runs(rows)
     assert group["top_1"] == pytest.approx(0.2) and group["error"] == pytest.approx(0.1) and group["seeds"] == 2
 
@@ -245,8 +266,17 @@ def test_the_front_is_what_nothing_beats():
 
 def test_heads_that_always_keep_other_channels_do_not_select_by_image(tmp_path):
     folder = store_run(tmp_path / "run", weights=False)
-    fixed = {"name": "a", "channels": 3, "usage": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], "usage_by_class": None}
-    varied = {"name": "b", "channels": 3, "usage": [[0.5, 0.5, 0.0]], "usage_by_class": [[[1.0, 0.0, 0.0]]]}
+    fixed = {
+        "name": "a",
+        "channels": 3,
+        "heads": 2,
+        "usage": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+        "usage_by_class": None,
+    }
+    fixed["by_head"] = {"never_kept": [2, 2], "always_kept": [1, 1]}
+    # What no image of thousands keeps, or all but one, is rounded.
+    varied = {"name": "b", "channels": 3, "heads": 1, "usage": [[0.5, 1.0, 0.0]], "usage_by_class": [[[1.0, 0.0, 0.0]]]}
+    varied["by_head"] = {"never_kept": [1], "always_kept": [0]}
     (folder / "gates").mkdir()
     (folder / "gates" / "gates.json").write_text(json.dumps({"format": 1, "layers": [fixed, varied]}))
     layers = read(folder)["gates"]["layers"]
@@ -263,8 +293,42 @@ def test_gates_of_another_version_are_missing(tmp_path, text):
 
 
 def test_numbers_are_short_and_finite():
-    values = {"a": [math.nan, math.inf, 0.123456789, 3.0], 1: (True, None, "x")}
-    assert plain(values) == {"a": [None, None, 0.123457, 3], "1": [True, None, "x"]}
+    values = {"a": [math.nan, math.inf, 0.123456789, 3.0, 35123456.75], 1: (True, None, "x")}
+    assert plain(values) == {"a": [None, None, 0.123457, 3, 35123457], "1": [True, None, "x"]}
+
+
+def test_outputs_of_nan_are_mistakes(tmp_path):
+    predictor = Predictor.from_weights(store_run(tmp_path / "run", "data.batch_size=100"))
+    with torch.no_grad():
+        predictor.model.classifier.bias.fill_(math.nan)
+    found = ValidationImages(predictor).evaluate()
+    assert found["top_1"] < 0.2 and len(found["mistakes"]) == 24
+
+
+def test_gates_of_other_weights_are_not_the_runs(tmp_path):
+    folder = store_run(tmp_path / "run")
+    (folder / "gates").mkdir()
+    gates = {"format": 1, "layers": [], "weights": str(folder / "last.safetensors")}
+    (folder / "gates" / "gates.json").write_text(json.dumps(gates))
+    assert read_stored_run(folder).gates is None
+    (folder / "gates" / "gates.json").write_text(json.dumps({**gates, "weights": str(folder / "best.safetensors")}))
+    assert read_stored_run(folder).gates is not None
+
+
+def test_a_name_that_is_not_text_and_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    folder = store_run(tmp_path / "run\udcff", weights=False)
+    assert content(write_report([folder]).read_text())["title"] == "run?"
+    monkeypatch.chdir(store_run(tmp_path / "here", weights=False))
+    assert content(write_report([Path(".")]).read_text())["title"] == "here"
+
+
+def test_what_fails_while_timing_is_missing_and_the_rest_is_there(tmp_path, monkeypatch):
+    def out_of_memory(*arguments):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(measure, "measure_latency", out_of_memory)
+    run = read(store_run(tmp_path / "run", "data.batch_size=100"))
+    assert "Latency: CUDA out of memory" in run["missing"] and run["evaluation"] and not run["latency"]
 
 
 def test_nothing_of_a_run_is_markup(tmp_path):

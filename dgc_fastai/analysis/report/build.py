@@ -47,7 +47,7 @@ def write_report(
         runs = [MeasuredRun(read_stored_run(folder)) for folder in folders]
         measure_runs(runs, deadline, status.update)
         status.update("Writing the page")
-        title = folders[0].name if len(folders) == 1 else _title(paths)
+        title = folders[0].resolve().name if len(folders) == 1 else _title(paths)
         notes = [f"{_names(names)} not started yet." for path in paths if (names := unstarted_runs(path))]
         write_atomically(out, render(page_data(title, runs, notes)))
     return out
@@ -103,8 +103,8 @@ def _run_data(number: int, measured: MeasuredRun, label: str, values: dict[str, 
         "id": number,
         "label": label,
         "folder": display_path(run.folder),
-        "name": run.folder.name,
-        "short": run.folder.name,
+        "name": run.folder.resolve().name,
+        "short": run.folder.resolve().name,
         "state": run.state,
         "epochs": [done, planned],
         "seed": recipe_value(run, SEED),
@@ -153,12 +153,9 @@ def _small_gates(gates: dict[str, Any] | None) -> dict[str, Any] | None:
     for layer in gates["layers"]:
         kept = {name: value for name, value in layer.items() if name not in ("by_head", "usage", "usage_by_class")}
         kept["usage"] = _mean_over_heads(layer.get("usage"))
-        shares = [share for head in layer.get("usage") or [] for share in head]
-        kept["inputs"] = {
-            "never": sum(share <= 0 for share in shares),
-            "some": sum(0 < share < 1 for share in shares),
-            "always": sum(share >= 1 for share in shares),
-        }
+        never, always = (sum(layer["by_head"][key]) for key in ("never_kept", "always_kept"))
+        some = layer["heads"] * layer["channels"] - never - always
+        kept["inputs"] = {"never": never, "some": some, "always": always}
         by_class = [_mean_over_heads(heads) for heads in layer.get("usage_by_class") or []]
         size += sum(map(len, by_class))
         kept["usage_by_class"] = by_class if by_class and size <= MAX_USAGE else None

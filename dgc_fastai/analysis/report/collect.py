@@ -162,6 +162,10 @@ def _read_gates(run: StoredRun) -> None:
         gates = _read_json(path)
         if gates.get("format") != 1 or not isinstance(gates.get("layers"), list):
             raise ValueError("of another version; `gates` writes a new one")
+        if run.weights is not None:
+            is_older = path.stat().st_mtime < run.weights.stat().st_mtime
+            if is_older or Path(str(gates.get("weights"))).name != run.weights.name:
+                raise ValueError(f"of other weights than {run.weights.name}; `gates` writes a new one")
         run.gates = gates
     except FileNotFoundError:
         pass

@@ -67,7 +67,7 @@ class ValidationImages:
         for number, (images, labels) in enumerate(self.loader):
             yield images.as_subclass(Tensor), labels.as_subclass(Tensor)
             self.notify(number + 1, of)
-            if self.deadline is not None:
+            if self.deadline is not None and number + 1 < of:
                 elapsed, left = time.monotonic() - began, self.deadline - began
                 expected = elapsed * of / (number + 1)
                 # The first batches start the workers.
@@ -102,14 +102,16 @@ class ValidationImages:
         images = torch.bincount(labels, minlength=count).tolist()
         right = [pairs[number, number] for number in range(count)]
         confused = [(pair, times) for pair, times in pairs.most_common() if pair[0] != pair[1]]
-        matrix = [[pairs[row, column] for column in range(count)] for row in range(count)]
+        matrix = None
+        if count <= MAX_MATRIX:
+            matrix = [[pairs[row, column] for column in range(count)] for row in range(count)]
         return {
             "images": total,
             "top_1": sum(right) / total,
             "classes": [
                 {"name": name, "images": images[number], "right": right[number]} for number, name in enumerate(classes)
             ],
-            "matrix": matrix if count <= MAX_MATRIX else None,
+            "matrix": matrix,
             "confusions": [
                 {"true": classes[true], "predicted": classes[wrong], "images": times}
                 for (true, wrong), times in confused[:MAX_CONFUSIONS]
@@ -142,7 +144,7 @@ def _predictions(
     worst: dict[str, Tensor] = {}
     seen = 0
     for images, truth in batches:
-        probability, guess = network(images).float().softmax(1).max(1)
+        probability, guess = network(images).float().softmax(1).nan_to_num(0).max(1)
         predicted.append(guess)
         labels.append(truth)
         found = {

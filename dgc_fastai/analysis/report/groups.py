@@ -1,9 +1,12 @@
 """What several runs have in common: labels, groups over seeds, the Pareto front. Imports no torch."""
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 from ...recipe.loading import differences
 from .collect import StoredRun
@@ -28,7 +31,6 @@ def label_runs(runs: Sequence[StoredRun], keys: Sequence[str]) -> list[str]:
 
     Labels that would be too long are the recipes' names.
     """
-    names = {run.recipe.name for run in runs if run.recipe}
     labels: list[str] = []
     known: dict[tuple, str] = {}
     for run in runs:
@@ -39,9 +41,11 @@ def label_runs(runs: Sequence[StoredRun], keys: Sequence[str]) -> list[str]:
             labels.append(known[values])
         else:
             parts = [f"{key.rpartition('.')[2]}={value}" for key, value in zip(keys, values) if value != "-"]
-            label = " ".join(parts) or next(iter(names))
+            # A sweep numbers its recipes' names and adds what was swept.
+            name = re.sub(r"^\d{4}-|-seed-\d+$", "", run.recipe.name)
+            label = " ".join(parts) or name
             if len(label) > MAX_LABEL:
-                label = run.recipe.name
+                label = name
             if label in known.values():
                 label = run.folder.name
             known[values] = label
@@ -54,6 +58,8 @@ def recipe_value(run: StoredRun, key: str) -> str:
     value: Any = run.recipe
     for part in key.split("."):
         value = getattr(value, part, None)
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
     return "-" if value is None else json.dumps(value, ensure_ascii=False).strip('"')
 
 
@@ -61,13 +67,14 @@ def group_runs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of runs with one label as one: mean and standard error of the accuracy over seeds, cost, latency.
 
     Args:
-        rows: with "label", "id", "top_1", "macs" and "ms", the last three None if unknown.
+        rows: with "label", "id", "state", "top_1", "macs" and "ms", the last three None if unknown. The accuracy of a
+            run that has not finished does not count: its gates are still open.
     """
     labels = dict.fromkeys(row["label"] for row in rows)
     groups = []
     for label in labels:
         own = [row for row in rows if row["label"] == label]
-        found = [row["top_1"] for row in own if row["top_1"] is not None]
+        found = [row["top_1"] for row in own if row["top_1"] is not None and row["state"] == "finished"]
         groups.append(
             {
                 "label": label,

@@ -41,8 +41,8 @@ class MeasuredRun:
         assert self.run.weights is not None
         try:
             self.predictor = Predictor.from_weights(self.run.weights)
-        except UserError as error:
-            self.run.missing.append(f"The weights cannot be read: {error}")
+        except (RuntimeError, UserError) as error:
+            self.run.missing.append(f"The weights cannot be read: {_line(error)}")
         else:
             self._count_cost(self.predictor)
 
@@ -93,9 +93,13 @@ def measure_runs(runs: Sequence[MeasuredRun], deadline: float | None, show: Show
             run.load()
             if run.predictor:
                 twins.setdefault(run.kind, run)
-    _measure_latency(runs, deadline, show)
+    try:
+        _measure_latency(runs, deadline, show)
+    except (RuntimeError, UserError) as error:  # out of memory, say
+        for run in able:
+            run.run.missing.append(f"Latency: {_line(error)}")
     for run in able:
-        if run.kind in twins and not run.predictor:  # the same network with another seed
+        if run.kind is not None and run.kind in twins and not run.predictor:  # the same network with another seed
             twin = twins[run.kind]
             run.layers, run.latency, run.is_gated = twin.layers, twin.latency, twin.is_gated
     _evaluate(able[:MAX_EVALUATED], deadline, show)
@@ -130,6 +134,8 @@ def _measure_latency(runs: Sequence[MeasuredRun], deadline: float | None, show: 
         ]
         for run in own:
             run.latency = rows
+            if len(rows) < len(batches):
+                run.run.missing.append("Latency of a batch: left out, it would have taken too long.")
 
 
 def _add_baseline(
@@ -155,9 +161,13 @@ def _evaluate(runs: Sequence[MeasuredRun], deadline: float | None, show: Show) -
             run.evaluation = images.evaluate()
             if run.is_gated and run.gates is None:
                 run.gates = images.gate_statistics()
-        except UserError as error:
+        except (RuntimeError, UserError, ValueError) as error:
             what = "What the gates select" if run.evaluation else "Accuracy by class, confusions and mistakes"
-            run.run.missing.append(f"{what}: {error}.")
+            run.run.missing.append(f"{what}: {_line(error)}.")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _show_batches(show: Show, name: str, done: int, batches: int) -> None:

@@ -37,13 +37,14 @@ def render(data: dict[str, Any]) -> str:
         "@SCRIPTS@": "\n".join(f"<script>{script}</script>" for script in scripts),
     }
     # In one pass: what is put in is not searched.
-    return re.sub("@[A-Z]+@", lambda found: parts[found[0]], texts["page.html"])
+    page = re.sub("@[A-Z]+@", lambda found: parts[found[0]], texts["page.html"])
+    return page.encode("utf-8", errors="replace").decode()  # names of files need not be text
 
 
 def _json(data: Any) -> str:
     """JSON that can stand inside a script element: no `<` in it ends the element or opens a comment."""
     text = json.dumps(plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").encode("utf-8", errors="replace").decode()
+    return text.replace("<", "\\u003c")
 
 
 def plain(value: Any) -> Any:
@@ -55,6 +56,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         if value != value or abs(value) == float("inf"):
             return None
+        if 10**DIGITS <= abs(value) < 2**53:
+            return round(value)
         return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.{DIGITS}g}")
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
 

@@ -23,7 +23,7 @@ function header(subtitle) {
 
 function single(run) {
   const details = h("div", null, runPage(run));
-  return [header(named([run.arch, run.folder].filter(Boolean).join(" \u00b7 "))), navigation(details), tiles(run), details];
+  return [header(named([run.arch, run.folder].filter(Boolean).join(" \u00b7 "))), navigation(details), callout("", "What this page lacks", data.notes), tiles(run), details];
 }
 
 function several() {

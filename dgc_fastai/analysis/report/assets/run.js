@@ -61,7 +61,7 @@ function runPage(run) {
     callout("warn", run.summary.problems?.length === 1 ? "A problem of this run" : "Problems of this run", run.summary.problems || []),
     callout("", "What this page lacks", run.missing),
     section("training", "Training", grid(trainingCharts(run))),
-    section("cost", "Cost and speed", grid(run.latency.length && latencyChart(run), costTable(run), run.layers?.length && costChart(run))),
+    section("cost", "Cost and speed", grid(run.latency.length > 0 && latencyChart(run), costTable(run), run.layers?.length > 0 && costChart(run))),
     run.gates && section("gates", "Gates", gateSection(run)),
     classes(run),
     repeat(run),
