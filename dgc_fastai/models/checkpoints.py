@@ -1,6 +1,7 @@
 """Saving and loading weights: our safetensors files, and the `.pth.tar` files of the authors' code.
 
-No code from a file is executed: safetensors files cannot contain any, and PyTorch files are read with `weights_only`.
+No code from a file is executed: safetensors files cannot contain any, and PyTorch files are read with `weights_only`,
+which makes tensors, plain values and the lists of fastai's optimizers.
 """
 
 import re
@@ -72,7 +73,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if head[8:9] == b"{":  # safetensors: the length in eight bytes, then a JSON header
             return safetensors.torch.load_file(path)
-        with warnings.catch_warnings():
+        from fastcore.foundation import L  # slow to import
+
+        with warnings.catch_warnings(), torch.serialization.safe_globals([L]):
             warnings.simplefilter("ignore")  # about a file that it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each parser raises errors of its own

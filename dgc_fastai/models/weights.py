@@ -81,7 +81,7 @@ def load_weights(network: nn.Module, weights: Weights, with_classifier: bool = F
     source, classifiers = weights.source, _classifiers(network)
     head = [name for name in expected if name.startswith(classifiers)]
     if any(name not in state or state[name].shape != expected[name].shape for name in head):
-        classes = next((len(state[name]) for name in reversed(head) if name in state), 0)
+        classes = next((_length(state[name]) for name in reversed(head) if name in state), 0)
         if with_classifier and classes:
             wanted = len(expected[head[-1]])
             raise CheckpointError(f"{source}: a network of {classes:,} classes cannot teach one of {wanted:,}")
@@ -123,6 +123,10 @@ def _classifiers(network: nn.Module) -> tuple[str, ...]:
     if not named:
         named = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1:]
     return tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+
+
+def _length(tensor: Tensor) -> int:
+    return tensor.shape[0] if tensor.dim() else 0
 
 
 def _check_channels(state: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:

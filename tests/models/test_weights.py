@@ -1,9 +1,14 @@
 """The weights that a run starts from. timm's are random here: nothing is fetched."""
 
+import copy
+
 import pytest
 import timm
 import torch
 import torchvision
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 
 from dgc_fastai import convert, load_recipe, save_checkpoint
 from dgc_fastai.models import weights
@@ -66,11 +71,21 @@ def test_another_layout_is_refused(timm_weights):
         read_weights(Model(arch="dgc_densenet22", weights="auto"), 3)
 
 
+def fastai_save(model, path):
+    """What `learn.save` writes after a step: the state of the optimizer, too."""
+    data = DataLoaders.from_dsets([(torch.randn(3, 64, 64), 1)] * 2, [(torch.randn(3, 64, 64), 1)], bs=2)
+    learn = Learner(data, copy.deepcopy(model), CrossEntropyLossFlat(), lr=0, wd=0, path=path.parent, model_dir=".")
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    learn.model.load_state_dict(model.state_dict())
+    learn.save("learner").rename(path)
+
+
 SAVERS = {
     "safetensors": lambda model, path: save_checkpoint(model, path),
     "a state dict": lambda model, path: torch.save(model.state_dict(), path),
     "timm's": lambda model, path: torch.save({"epoch": 3, "state_dict": model.state_dict()}, path),
-    "fastai's": lambda model, path: torch.save({"model": model.state_dict(), "opt": {"hypers": [1.0]}}, path),
+    "fastai's": lambda model, path: fastai_save(model, path),
     "of several processes": lambda model, path: torch.save(
         {f"module.{name}": value for name, value in model.state_dict().items()}, path
     ),
@@ -97,6 +112,14 @@ def test_torchvisions_weights_of_the_same_layout(name):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(network(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_classifier_without_a_shape_is_left_out_or_refused():
+    network = timm.create_model("resnet10t", num_classes=5)
+    state = {**timm_network("resnet10t", num_classes=5).state_dict(), "fc.bias": torch.tensor(1.0)}
+    assert load_weights(network, Weights(dict(state), "w")) == "w, which has no classifier"
+    with pytest.raises(CheckpointError, match=r"of another shape \(fc.bias \[\] for \[5\]\)"):
+        load_weights(network, Weights(state, "w"), with_classifier=True)
 
 
 def test_timm_knows_the_names_of_others():
