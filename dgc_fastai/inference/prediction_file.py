@@ -82,20 +82,23 @@ class PredictionFile:
     def __enter__(self) -> "PredictionFile":
         with ExitStack() as stack:
             try:
-                self.file = stack.enter_context(
-                    open(self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="")
-                )
+                self.file = open(self.path, "a+", encoding="utf-8", errors="surrogateescape", newline="")
+                stack.push(self)
                 lock_without_children(self.file)
+                self._continue()
             except BlockingIOError:
                 raise UserError(f"--out {self.path}: another process is writing it") from None
             except OSError as error:
-                raise WriteError(f"--out {self.path}: cannot write it: {error.strerror}") from None
-            self._continue()
-            self._stack = stack.pop_all()
+                raise self._not_written(error) from None
+            stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        try:
+            self.file.close()
+        except OSError as unwritten:  # the rest, once more
+            if kind is None:
+                raise self._not_written(unwritten) from None
 
     def write(self, predictions: Iterable[Prediction]) -> None:
         """Append predictions. They are in the file, for every other process, when this returns.
@@ -108,8 +111,7 @@ class PredictionFile:
             self.file.write(text)
             self.file.flush()
         except OSError as error:
-            reason = f"{error.strerror}; mend that, then go on with --resume"
-            raise WriteError(f"--out {self.path}: cannot write it: {reason}") from None
+            raise self._not_written(error) from None
 
     def _line(self, prediction: Prediction) -> str:
         if self.path.suffix == ".jsonl":
@@ -151,8 +153,12 @@ class PredictionFile:
             if len(record.get("predictions", range(self.top))) != self.top:
                 raise self._foreign()
             return str(Path(record["image"]))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, csv.Error) as error:
             raise error if isinstance(error, UserError) else self._foreign() from None
+
+    def _not_written(self, error: OSError) -> WriteError:
+        reason = f"{error.strerror}; mend that, then go on with --resume"
+        return WriteError(f"--out {self.path}: cannot write it: {reason}")
 
     def _foreign(self) -> UserError:
         what = f"predictions of {self.top} classes for each image"
@@ -161,8 +167,8 @@ class PredictionFile:
 
 def _csv_line(row: list[str]) -> str:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerow(row)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\r\n").writerow(row)  # quotes names with either
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _records(lines: Iterable[str], quoted: bool) -> Iterator[str]:

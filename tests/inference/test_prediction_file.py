@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from dgc_fastai.inference.prediction_file import Prediction, PredictionFile
 from dgc_fastai.utils.errors import UserError, WriteError
 
-NAMES = ["a.png", 'b,"c".png', "d\n\r\ne.png", "ü\u2028.png", os.fsdecode(b"\xff.png"), "f.png"]
+NAMES = ["a.png", 'b,"c".png', "d\n\r\ne.png", "g\rh.png", "ü\u2028.png", os.fsdecode(b"\xff.png"), "f.png"]
 PREDICTIONS = [
     Prediction(Path(name), [('cat, "big"', 0.75), ("ünï\ncode", 0.25)], None if name != "f.png" else 'no "image"')
     for name in NAMES
@@ -80,14 +81,17 @@ def test_predictions_are_there_before_the_end(tmp_path):
         assert file.done == set(NAMES[:2])
 
 
+HEADER = "image,error,class_1,probability_1,class_2,probability_2\n"
 FOREIGN = {
     "text": ("x.csv", "image,label\na,b\n"),
     "other columns": ("x.csv", "image,error,class_1,probability_1\n"),
-    "a short row": ("x.csv", "image,error,class_1,probability_1,class_2,probability_2\na,b\n"),
+    "a short row": ("x.csv", f"{HEADER}a,b\n"),
     "text without an end": ("x.csv", "my notes"),
     "notes": ("x.jsonl", "my notes\n"),
     "notes without an end": ("x.jsonl", "my notes"),
     "JSON": ("x.jsonl", "[1]\n"),
+    "a long field": ("x.csv", f"{HEADER}{'a' * 200_000},,,,,\n"),
+    "deep JSON": ("x.jsonl", "[" * 100_000 + "\n"),
     "other JSON": ("x.jsonl", '{"a": 1}\n'),
     "fewer classes": ("x.jsonl", '{"image": "a", "predictions": [{"class": "b", "probability": 1.0}]}\n'),
 }
@@ -104,12 +108,24 @@ def test_a_foreign_file_is_left_alone(tmp_path, name, content):
         write(path)
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
-    with PredictionFile(tmp_path / "x.jsonl", 2) as file:
+@pytest.fixture
+def small_disk():
+    """Files end at 150 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-        def full(text):
-            raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(file, "file", type("File", (), {"write": staticmethod(full)}))
-        with pytest.raises(WriteError, match="No space left on device; mend that, then go on with --resume"):
-            file.write(PREDICTIONS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_full_disk(tmp_path, small_disk, suffix):
+    """The rest is tried again when the file is closed, which is no other error."""
+    with pytest.raises(WriteError, match="File too large; mend that, then go on with --resume"):
+        write(tmp_path / f"x{suffix}")
+
+
+def test_a_disk_that_is_full_when_the_file_is_closed_or_begun(tmp_path, small_disk):
+    with pytest.raises(WriteError, match="File too large"), PredictionFile(tmp_path / "x.jsonl", 2) as file:
+        file.file.write("x" * 200)
+    with pytest.raises(WriteError, match="File too large"), PredictionFile(tmp_path / "x.csv", 20):
+        pass
