@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from ..recipe.auto import IMAGE_ENDINGS
 from ..utils.errors import UserError
@@ -49,7 +50,7 @@ def find_images(sources: Iterable[Path]) -> list[Path]:
             such as `photos/**/*.jpg`.
 
     Raises:
-        UserError: a file is missing, a folder has no images, or no file has the pattern.
+        UserError: a file is missing, a folder cannot be read or has no images, or no file has the pattern.
     """
     found: dict[Path, None] = {}
     for source in sources:
@@ -73,9 +74,29 @@ def _files_of(source: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+    """The images below a folder. Links are followed, but not to a folder that they are in."""
+    above = {str(folder): {_identity(str(folder))}}  # of each folder to come: itself, and those that it is in
+    for place, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        here, kept = above.pop(place), []
+        for name in sorted(name for name in folders if name[0] != "."):
+            path = os.path.join(place, name)
+            if (identity := _identity(path)) not in here:
+                above[path] = here | {identity}
+                kept.append(name)
+        folders[:] = kept
         yield from (Path(place, name) for name in sorted(names) if _is_image(name))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        _unreadable(error)
+    return status.st_dev, status.st_ino
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: cannot read the folder: {error.strerror}") from None
 
 
 def _is_image(name: str) -> bool:
@@ -83,6 +104,14 @@ def _is_image(name: str) -> bool:
 
 
 def list_on_stdin() -> list[Path]:
-    """The files that are named on standard input, one a line."""
+    """The files that are named on standard input, one a line.
+
+    Raises:
+        UserError: there are none, or standard input is closed.
+    """
+    if sys.stdin is None:
+        raise UserError("-: cannot read the list of images: standard input is closed")
     lines = sys.stdin.buffer.read().splitlines()
-    return list(dict.fromkeys(Path(os.fsdecode(line)) for line in lines if line.strip()))
+    if not (files := list(dict.fromkeys(Path(os.fsdecode(line)) for line in lines if line.strip()))):
+        raise UserError("-: the list of images on standard input is empty")
+    return files

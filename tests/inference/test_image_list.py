@@ -42,6 +42,34 @@ def test_a_list_on_stdin(monkeypatch):
     assert [os.fsencode(path) for path in list_on_stdin()] == [b"a b.jpg", b"x/\xff.png"]
 
 
+@pytest.mark.parametrize("stdin", [None, b"", b" \n\n"])
+def test_no_list_on_stdin(monkeypatch, stdin):
+    monkeypatch.setattr(sys, "stdin", stdin if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
+    with pytest.raises(UserError, match="closed" if stdin is None else "list of images on standard input is empty"):
+        list_on_stdin()
+
+
+def test_links_are_followed_but_never_in_a_circle(here):
+    os.symlink("..", "in/deep/up")
+    os.symlink(here, "in/top")
+    os.symlink("in", "again")
+    assert found("in") == ["in/c.webp", "in/deep/d.jpeg", "in/top/[x].jpg", "in/top/a.PNG", "in/top/b.jpg"]
+    assert found("again") == [name.replace("in/", "again/", 1) for name in found("in")]
+
+
+def test_a_folder_that_cannot_be_read(here, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == "in/deep":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="^in/deep: cannot read the folder: Permission denied$"):
+        found("in")
+
+
 def test_every_image_is_in_one_part_whatever_the_list():
     paths = [Path(f"{number}.jpg") for number in range(1000)]
     parts = [[path for path in paths if Shard(number, 7).has(path)] for number in range(1, 8)]
