@@ -1,6 +1,7 @@
 """Commands that use trained weights: evaluate, predict, export."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -131,6 +132,8 @@ def predict(
         left = [path for path in paths if str(path) not in file.done]
         failed = _write(classify(left), file, batch_size)
     _tell(out, asked, len(left), len(paths) - len(left), failed)
+    if paths and failed == len(paths):
+        raise UserError("none of the images can be classified")
 
 
 def _images_of(sources: "Sequence[Path]", shard: str | None) -> tuple[list[Path], int]:
@@ -195,6 +198,7 @@ def _print(predictions: "Iterator[Prediction]", as_json: bool, asked: int) -> No
     from ..inference.prediction_file import as_json as to_json
 
     count = readable = 0
+    only_ascii = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     for prediction in predictions:
         path, classes, error = prediction
         count, readable = count + 1, readable + (error is None)
@@ -203,7 +207,7 @@ def _print(predictions: "Iterator[Prediction]", as_json: bool, asked: int) -> No
                 raise UserError(f"{path}: {error}")
             _warn(prediction)
         if as_json:
-            print(to_json(prediction), flush=True)
+            print(to_json(prediction, only_ascii), flush=True)
         elif error is None:
             results.print(os.fsencode(path).decode(errors="replace"), soft_wrap=True, highlight=False, markup=False)
             line = "   ".join(f"[bold]{escape(name)}[/] {100 * probability:.2f} %" for name, probability in classes)

@@ -31,15 +31,19 @@ class Prediction(NamedTuple):
     error: str | None = None
 
 
-def as_json(prediction: Prediction) -> str:
-    """One line, without its end. A file name that is not UTF-8 is written with escapes that Python's `json` reads."""
+def as_json(prediction: Prediction, only_ascii: bool = False) -> str:
+    """One line, without its end. A file name that is not UTF-8 is written with escapes that Python's `json` reads.
+
+    Args:
+        only_ascii: use escapes for all but ASCII.
+    """
     image, classes, error = prediction
     record: dict[str, Any] = {"image": str(image)}
     if error is None:
         record["predictions"] = [{"class": name, "probability": round(share, 6)} for name, share in classes]
     else:
         record["error"] = error
-    text = json.dumps(record, ensure_ascii=False)
+    text = json.dumps(record, ensure_ascii=only_ascii)
     return text if _is_unicode(text) else json.dumps(record)
 
 

@@ -85,9 +85,21 @@ def test_warnings_name_them_and_the_rest_goes_on(pictures):
     assert second.startswith("warning: images/more/half.png: cannot read the image: ")
 
 
-def test_none_that_can_be_read(predict):
+def test_json_on_a_terminal_that_is_not_utf8(pictures, tmp_path):
+    os.link(pictures / "images/00.png", tmp_path / "ü.png")
+    command = [sys.executable, ROOT / "app.py", "predict", pictures / "w.safetensors", "ü.png", "--json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment, check=True)
+    assert json.loads(done.stdout.decode("ascii"))["image"] == "ü.png"
+
+
+def test_none_that_can_be_read(predict, tmp_path):
     answer = predict("images/07 text.png", "images/more/half.png", expect=2)
     assert answer.endswith("error: none of the 2 images can be classified\n") and answer.count("warning: ") == 2
+    out = "--out", tmp_path / "x.csv"
+    answer = predict("images/07 text.png", "images/more/half.png", *out, expect=2)
+    assert answer.endswith("error: none of the images can be classified\n")
+    assert "2 were there already" in predict("images/07 text.png", "images/more/half.png", *out, "--resume")
     assert predict("images/07 text.png", expect=2).startswith(
         "error: images/07 text.png: cannot read the image: cannot"
     )
