@@ -93,7 +93,7 @@ def plan_sweep(
         label, group = (" ".join([plan.name] * (len(recipes) > 1) + kept) for kept in (parts, unseeded))
         if label in (run.label for run in runs):
             raise RecipeError(f"two runs of this sweep are called {label!r}; give each recipe a name of its own")
-        check_machine(plan)
+        check_machine(plan, resume)
         network_cost(plan.model, len(class_names(plan.data)), plan.data.input_size)
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", " ".join([plan.name, *parts]).replace("=", "-"))[:90].rstrip("-")
         name = f"{len(runs) + 1:04d}-{name}"  # unique, and in the order of the plan

@@ -23,6 +23,14 @@ SHORT = [*TINY[1:], "model.stages=[1,1,1]", "train.epochs=2", "device=cpu"]
 SWEEP = [*SHORT, "model.gate_factor=0.25,1", "train.seed=0,1"]
 
 
+def test_a_sweep_that_goes_on_needs_the_weights_no_more(tmp_path):
+    """The runs have begun, and have their own; only a new sweep is refused."""
+    overrides = [*SWEEP, f"output={tmp_path}/runs", f"model.weights={tmp_path}/gone.safetensors"]
+    with pytest.raises(RecipeError, match="gone.safetensors"):
+        plan_sweep([QUICKSTART], overrides)
+    assert len(plan_sweep([QUICKSTART], overrides, resume=True).runs) == 4
+
+
 def table(folder):
     return list(csv.DictReader(open(folder / "sweep.csv")))
 
