@@ -1,7 +1,6 @@
 """Learning from a teacher."""
 
 import hashlib
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ class Distillation(Callback):
 
     def __init__(self, teacher: torch.nn.Module, weight: float = 0.5, temperature: float = 4.0):
         self.teacher, self.weight, self.temperature = deploy(teacher), weight, temperature
+        self.fingerprint = _fingerprint(teacher)  # not of what `deploy` makes of it, which other versions do otherwise
 
     def before_train(self):
         self.teacher.to(next(self.model.parameters()).device)
@@ -54,22 +54,23 @@ class Distillation(Callback):
         self.learn.loss_grad = (1 - self.weight) * self.learn.loss_grad + self.weight * divergence
 
     def state_dict(self) -> dict[str, Any]:
-        return {"teacher": self._fingerprint}
+        return {"teacher": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["teacher"] != self._fingerprint:
+        if state["teacher"] != self.fingerprint:
             raise ValueError("the teacher's weights are not those that the run began with")
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        found = hashlib.sha256()
-        for name, tensor in self.teacher.state_dict().items():
-            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            found.update(name.encode() + content.tobytes())
-        return found.hexdigest()
 
     def _in_format(self, x: torch.Tensor) -> torch.Tensor:
         """Images in the memory format that suits the device."""
         if x.dim() == 4 and select_channels_last(None, x.device):
             return x.contiguous(memory_format=torch.channels_last)
         return x
+
+
+def _fingerprint(network: torch.nn.Module) -> str:
+    """A hash of a network's weights."""
+    found = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found.update(name.encode() + content.tobytes())
+    return found.hexdigest()

@@ -46,7 +46,11 @@ class NonFiniteLoss(Callback):
                 torch._foreach_copy_(saved, buffers)
 
     def after_loss(self):
-        if not (self.training and self.skip):
+        if not self.training:
+            return
+        with torch.no_grad():  # a teacher or a penalty is in loss_grad alone: its NaN or Inf makes the loss NaN
+            self.learn.loss = self.loss + 0 * self.loss_grad
+        if not self.skip:
             return
         self.in_a_row = self.in_a_row + 1 if all_reduce_max(int(not self.loss.isfinite())) else 0
         if not self.in_a_row:

@@ -8,6 +8,7 @@ from fastai.losses import CrossEntropyLossFlat
 
 from dgc_fastai import Distillation, build_learner, dgc_learner, gate_penalty, load_recipe, save_checkpoint
 from dgc_fastai.models.factory import build_model
+from dgc_fastai.training.callbacks import distillation
 from dgc_fastai.training.callbacks.order import ANNEAL_GATES
 from dgc_fastai.training.run import TrainingRun
 from dgc_fastai.utils.errors import CheckpointError, RecipeError
@@ -115,6 +116,14 @@ def test_a_teacher_that_has_changed_does_not_go_on(tmp_path, teacher_file):
     save_checkpoint(model, teacher_file)
     with pytest.raises(CheckpointError, match="the teacher's weights are not those that the run began with"):
         start(overrides, resume=True)
+
+
+def test_a_teacher_is_known_by_its_weights_however_it_is_deployed(monkeypatch):
+    first = Distillation(teacher_of())
+    monkeypatch.setattr(distillation, "deploy", lambda teacher: torch.nn.Sequential(teacher))
+    Distillation(teacher_of()).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="not those that the run began with"):
+        Distillation(teacher_of(6)).load_state_dict(first.state_dict())
 
 
 CONVERTED = """

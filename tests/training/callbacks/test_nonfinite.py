@@ -51,6 +51,29 @@ def test_a_nan_loss_stops_the_training():
     assert "use a smaller train.lr" in text
 
 
+class Teacher(Callback):
+    """As one whose answers to a batch are NaN or Inf: the loss itself is finite."""
+
+    order = 4
+
+    def __init__(self, value):
+        self.value = value
+
+    def after_loss(self):
+        if self.training and (self.epoch, self.iter) == (0, 1):
+            self.learn.loss_grad = self.learn.loss_grad + self.value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_only_a_teacher_brings_is_seen_in_its_own_batch(value):
+    with pytest.raises(TrainingError, match=r"the loss is nan at step 2 \(epoch 1, batch 2\), of the images"):
+        trained("train.epochs=1", callbacks=[Teacher(value)])
+    watch = Weights()
+    trained("train.epochs=1", "train.nonfinite=skip", callbacks=[Teacher(value), watch])
+    assert equal_states(watch.after[0, 0], watch.after[0, 1])
+    assert all(one.isfinite().all() for one in watch.after[0, 3].values())
+
+
 def test_the_images_of_a_bad_batch_are_named(tmp_path):
     write_imagenet(tmp_path, train=3)
     data = "data.name=imagenet", f"data.path={tmp_path}", "data.size=32", "data.batch_size=4", "train.epochs=1"
