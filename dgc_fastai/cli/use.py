@@ -132,8 +132,6 @@ def predict(
         left = [path for path in paths if str(path) not in file.done]
         failed = _write(classify(left), file, batch_size)
     _tell(out, asked, len(left), len(paths) - len(left), failed)
-    if paths and failed == len(paths):
-        raise UserError("none of the images can be classified")
 
 
 def _images_of(sources: "Sequence[Path]", shard: str | None) -> tuple[list[Path], int]:
@@ -150,6 +148,8 @@ def _tell(out: Path, asked: int, written: int, there: int, failed: int) -> None:
     text += f" {there:,} were there already." if there else ""
     text += f" {failed:,} could not be classified; their lines say why." if failed else ""
     console.print(text, soft_wrap=True, highlight=False, markup=False)
+    if failed and failed == written + there:
+        raise UserError("none of the images can be classified")
 
 
 def _with_progress(predictions: "Iterator[Prediction]", count: int) -> "Iterator[Prediction]":
