@@ -67,10 +67,12 @@ def gates_of(run, classes):
     layer = {"channels": 4, "heads": 2, "inactive": 3, **dict.fromkeys(shares, 0.25)}
     usage = [[1.0, 0.5, 0.25, 0.0]] * 2
     use = {"usage": usage, "usage_by_class": [usage] * len(classes), "never_kept": [3], "always_kept": []}
+    use["by_head"] = {"never_kept": [1, 1], "always_kept": [1, 1]}
     layers = [{"name": f"layers.{number}", **layer, **use} for number in range(4)]
     exchanged = {"accuracy": 0.5, "difference": -0.4, "standard_error": 0.02}
     controls = {"images": 360, "own": 0.9, "another_image": exchanged, "mean": exchanged}
     gates = {"format": 1, "images": 360, "classes": classes, "controls": controls, "verdict": [EVIL] * 3}
+    gates["weights"] = str(run / "best.safetensors")
     (run / "gates").mkdir()
     (run / "gates" / "gates.json").write_text(json.dumps({**gates, "layers": layers}))
 
