@@ -12,3 +12,8 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """
     nearest = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
     return f"; did you mean {prefix + nearest[0]!r}?" if nearest else ""
+
+
+def one_line(message: object) -> str:
+    """A message, such as an error's, as one line."""
+    return " ".join(str(message).split())

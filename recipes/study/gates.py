@@ -173,10 +173,6 @@ class StudiedGates(HeadGates):
         gates = torch.einsum("bhk,hck->bhc", hidden, self.excite) + self.bias
         return 2 * torch.sigmoid(2 * (gates - 1)) if self.bounded else gates.relu()
 
-    def filter_norms(self) -> Tensor:
-        layer = self.layer[0]
-        return layer.weight.detach().unflatten(0, (-1, layer.heads)).flatten(3).square().sum((0, 3)).sqrt()
-
     def scores_of(self, gates: Tensor, pooled: Tensor) -> Tensor:
         match self.scores:
             case "bias":
@@ -184,17 +180,22 @@ class StudiedGates(HeadGates):
             case "random":
                 return self.random.expand_as(gates)
             case "magnitude":
-                return gates * self.filter_norms()
+                return gates * filter_norms(self.layer[0])
             case "activation":
-                return pooled.unsqueeze(1) * self.filter_norms()
+                return pooled.unsqueeze(1) * filter_norms(self.layer[0])
             case "contribution":
-                return gates * pooled.unsqueeze(1) * self.filter_norms()
+                return gates * pooled.unsqueeze(1) * filter_norms(self.layer[0])
         return gates
 
     def by_block(self, scores: Tensor) -> Tensor:
         """The mean score of each block of neighbors; channels left over at the end are a block."""
         blocks = scores.split(self.block, dim=-1)
         return torch.cat([one.mean(-1, keepdim=True).expand_as(one) for one in blocks], dim=-1)
+
+
+def filter_norms(layer: DynamicGroupConv2d) -> Tensor:
+    """Of each head's filters, by input channel: [heads, C]."""
+    return layer.weight.detach().unflatten(0, (-1, layer.heads)).flatten(3).square().sum((0, 3)).sqrt()
 
 
 def build(variant: Variant, classes: int) -> nn.Module:
@@ -266,8 +267,7 @@ def extra_loss(variant: Variant, layer: DynamicGroupConv2d, pooled: Tensor, gate
         features = F.normalize(pooled - pooled.mean(0), dim=1)
         selected = F.normalize((gates - gates.mean(0)).flatten(1), dim=1)
         return (features @ features.T - selected @ selected.T).square().mean()
-    filters = layer.weight.detach().unflatten(0, (-1, layer.heads)).flatten(3).square().sum((0, 3)).sqrt()
-    target = pooled.unsqueeze(1) * filters
+    target = pooled.unsqueeze(1) * filter_norms(layer)
     return (gates - target / (target.mean(-1, keepdim=True) + 1e-6)).square().mean((0, 2)).sum()
 
 

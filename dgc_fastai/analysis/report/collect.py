@@ -13,6 +13,7 @@ from ...recipe.schema import Recipe
 from ...utils.errors import RecipeError, UserError
 from ...utils.files import file_lock
 from ...utils.invocation import program
+from ...utils.text import one_line
 
 __all__ = ["StoredRun", "find_runs", "read_stored_run", "unstarted_runs"]
 
@@ -132,7 +133,7 @@ def _read_summary(run: StoredRun) -> None:
     except FileNotFoundError:
         run.missing.append("No epoch was finished, so there is no accuracy and no cost.")
     except (OSError, ValueError) as error:
-        run.missing.append(f"summary.json cannot be read: {_line(error)}")
+        run.missing.append(f"summary.json cannot be read: {one_line(error)}")
 
 
 def _read_history(run: StoredRun) -> None:
@@ -143,7 +144,7 @@ def _read_history(run: StoredRun) -> None:
         run.missing.append("There is no history.csv, so there are no training curves.")
         return
     except (OSError, csv.Error) as error:
-        run.missing.append(f"history.csv cannot be read: {_line(error)}")
+        run.missing.append(f"history.csv cannot be read: {one_line(error)}")
         return
     run.history = [{key: _number(value) for key, value in row.items() if key} for row in rows]
     for row in run.history:
@@ -170,7 +171,7 @@ def _read_gates(run: StoredRun) -> None:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        run.missing.append(f"{path.relative_to(run.folder)} cannot be read: {_line(error)}")
+        run.missing.append(f"{path.relative_to(run.folder)} cannot be read: {one_line(error)}")
 
 
 def _state(run: StoredRun) -> str:
@@ -206,7 +207,3 @@ def _number(text: str | None) -> float | None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -13,6 +13,7 @@ from ...models.cost import budget
 from ...models.factory import build_model
 from ...recipe.schema import GATES
 from ...utils.errors import UserError
+from ...utils.text import one_line
 from .collect import StoredRun
 from .evaluation import ValidationImages
 from .latency import MAX_BATCH, measure_latency
@@ -42,7 +43,7 @@ class MeasuredRun:
         try:
             self.predictor = Predictor.from_weights(self.run.weights)
         except (RuntimeError, UserError) as error:
-            self.run.missing.append(f"The weights cannot be read: {_line(error)}")
+            self.run.missing.append(f"The weights cannot be read: {one_line(error)[:300]}")
         else:
             self._count_cost(self.predictor)
 
@@ -86,22 +87,22 @@ def measure_runs(runs: Sequence[MeasuredRun], deadline: float | None, show: Show
         show: called with what is measured next.
     """
     able = sorted((run for run in runs if run.run.weights), key=lambda run: -(run.top_1 or 0))
-    twins: dict[str | None, MeasuredRun] = {}
+    read: dict[str | None, MeasuredRun] = {}  # by kind, which is never None here
     for number, run in enumerate(able):
-        if number < MAX_EVALUATED or run.kind is None or run.kind not in twins:
+        if number < MAX_EVALUATED or run.kind not in read:
             show(f"Reading {run.run.folder.name}")
             run.load()
-            if run.predictor:
-                twins.setdefault(run.kind, run)
+            if run.predictor and run.kind is not None:
+                read.setdefault(run.kind, run)
     try:
         _measure_latency(runs, deadline, show)
     except (RuntimeError, UserError) as error:  # out of memory, say
         for run in able:
-            run.run.missing.append(f"Latency: {_line(error)}")
+            run.run.missing.append(f"Latency: {one_line(error)[:300]}")
     for run in able:
-        if run.kind is not None and run.kind in twins and not run.predictor:  # the same network with another seed
-            twin = twins[run.kind]
-            run.layers, run.latency, run.is_gated = twin.layers, twin.latency, twin.is_gated
+        if run.kind in read and not run.predictor:  # the same network with another seed
+            same = read[run.kind]
+            run.layers, run.latency, run.is_gated = same.layers, same.latency, same.is_gated
     _evaluate(able[:MAX_EVALUATED], deadline, show)
     for run in able[MAX_EVALUATED:]:
         run.run.missing.append(f"Accuracy by class: of several runs, only the {MAX_EVALUATED} best are evaluated.")
@@ -163,11 +164,7 @@ def _evaluate(runs: Sequence[MeasuredRun], deadline: float | None, show: Show) -
                 run.gates = images.gate_statistics()
         except (RuntimeError, UserError, ValueError) as error:
             what = "What the gates select" if run.evaluation else "Accuracy by class, confusions and mistakes"
-            run.run.missing.append(f"{what}: {_line(error)}.")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+            run.run.missing.append(f"{what}: {one_line(error)[:300]}.")
 
 
 def _show_batches(show: Show, name: str, done: int, batches: int) -> None:
