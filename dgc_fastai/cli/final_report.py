@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..utils.errors import UserError
 from ..utils.invocation import display_path, program
+from ..utils.text import one_line
 from .app import console, errors, results
 
 __all__ = ["write_final_report"]
@@ -32,7 +33,7 @@ def write_final_report(folder: Path, trained: float) -> None:
         return
     except Exception as error:  # the training has ended well, whatever this is
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        text = f"report.html was not written: {' '.join(reason.split())}; to try again: {program()} report {folder}"
+        text = f"report.html was not written: {one_line(reason)}; to try again: {program()} report {folder}"
         errors.print(text, style="yellow", soft_wrap=True, highlight=False, markup=False)
         return
     results.print(f"Its report: {display_path(path)}", soft_wrap=True, highlight=False, markup=False)

@@ -9,6 +9,7 @@ from cyclopts import CycloptsError, Parameter
 from ..utils import launch
 from ..utils.errors import Interrupted, LostProcess, UserError, out_of_memory
 from ..utils.invocation import program
+from ..utils.text import one_line
 from . import environment, gates, measure, start, train, use  # noqa: F401  (they add their commands)
 from .app import OPTIONS, app, errors, set_quiet
 
@@ -75,7 +76,7 @@ def main() -> int:
         return 0
     if _reports_errors():
         errors.print("[bold red]error:[/] ", end="")
-        errors.print(" ".join(message.split()), markup=False, highlight=False, soft_wrap=True)
+        errors.print(one_line(message), markup=False, highlight=False, soft_wrap=True)
     return code
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from ..utils.errors import UserError
 from ..utils.invocation import program
 from ..utils.launch import cores
+from ..utils.text import one_line
 from .app import USE, Overrides, RecipeFile, Weights, app, console, errors, load, results, weights_file
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _warn(prediction: "Prediction") -> None:
     name = os.fsencode(prediction.image).decode(errors="replace")
     text = f"{name}: {prediction.error}"
     errors.print("[yellow]warning:[/] ", end="")
-    errors.print(" ".join(text.split()), markup=False, highlight=False, soft_wrap=True)
+    errors.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _write(predictions: "Iterator[Prediction]", file: "PredictionFile", batch_size: int) -> int:

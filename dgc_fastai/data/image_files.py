@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from ..recipe.machine import folder_parts
 from ..recipe.schema import Data
 from ..utils.errors import RecipeError, UserError
+from ..utils.text import one_line
 from .augmentation import RandomErasing, evaluation_transform, training_transform
 from .epoch_loader import EpochDL
 from .prefetch import prefetch
@@ -27,6 +28,7 @@ from .resizing import ResizeCrops, flatten_crops
 
 __all__ = ["FileDL", "ImageReader", "UnreadableImage", "file_loaders", "open_image"]
 
+MOST_OBLONG = 200  # times as long as wide
 RESIZING_DEVICES = ("cuda",)  # they resize the crops of a batch; elsewhere the workers do
 
 
@@ -41,16 +43,18 @@ def open_image(path: Path) -> PILImage:
     damaged file (version 0.29).
 
     Raises:
-        UnreadableImage: the file is not an image, is damaged, or exceeds Pillow's limit of pixels.
+        UnreadableImage: the file is not an image, is damaged, or exceeds Pillow's limit of pixels, or is a line.
     """
     try:
         image = PILImage.create(path, mode=None)
+        if max(image.size) > MOST_OBLONG * min(image.size):  # resized by its shorter side, it would fill the memory
+            raise ValueError(f"it is {image.width:,} x {image.height:,} pixels, which is no picture")
         if image.mode.startswith("I;16"):  # Pillow's conversion would clip 16 bits to white
             image = PILImage.create((np.asarray(image) >> 8).astype(np.uint8))
         return image if image.mode == "RGB" else PILImage(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders have no common error
         reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "") or type(error).__name__
-        raise UnreadableImage(path, " ".join(reason.split())) from None
+        raise UnreadableImage(path, one_line(reason)) from None
 
 
 class ImageReader:

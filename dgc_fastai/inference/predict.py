@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -85,6 +86,9 @@ class Predictor:
             top: classes for each image, the likeliest.
             workers: processes that read the files; 0 for this one.
             flip: average the probabilities of each image and its mirror image.
+
+        Raises:
+            UserError: a process that reads the files has died.
         """
         device, model = select_device("auto"), self.deployed
         memory_format = torch.channels_last if select_channels_last(None, device) else torch.contiguous_format
@@ -107,7 +111,7 @@ class Predictor:
 
         waiting: tuple[list[Path], list[str | None], tuple[Tensor, Tensor] | None] | None = None
         start = 0
-        for batch, errors in loader:
+        for batch, errors in _read(loader):
             found = None if batch is None else classify(batch)
             if waiting:  # a GPU computes the next batch meanwhile
                 yield from self._named(*waiting)
@@ -155,6 +159,19 @@ def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor | None, list[str | N
     images = [item for item in items if isinstance(item, Tensor)]
     errors = [None if isinstance(item, Tensor) else item for item in items]
     return torch.stack(images) if images else None, errors
+
+
+def _read(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader; one clear line where a process of its has died."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "a process that reads images has died, possibly for lack of memory; try fewer --workers, or a smaller "
+            "--batch-size"
+        ) from None
 
 
 def _read_metadata(path: Path) -> tuple[str, list[str]]:

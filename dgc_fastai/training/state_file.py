@@ -12,6 +12,7 @@ import torch
 from ..utils import launch
 from ..utils.errors import CheckpointError
 from ..utils.files import write_atomically
+from ..utils.text import one_line
 from .collectives import all_gather_bytes, broadcast_bytes
 
 __all__ = ["read_state", "restore_random_state", "state_error", "write_state"]
@@ -56,7 +57,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def state_error(path: Path, reason: str) -> CheckpointError:
     """The error of a state that cannot be resumed from, with what to do."""
-    reason = " ".join(reason.split())[:150]
+    reason = one_line(reason)[:150]
     remedy = "move it away, and --resume takes the next older run, or starts one"
     return CheckpointError(f"{path}: cannot resume from it: {reason}; {remedy}")
 

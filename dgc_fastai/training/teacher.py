@@ -8,10 +8,10 @@ import torch
 
 from ..inference.predict import Predictor
 from ..models.checkpoints import read_tensors
-from ..models.factory import create_unconverted
+from ..models.factory import checked_cost, create_unconverted
 from ..models.weights import Weights, load_weights
 from ..recipe.schema import Recipe
-from ..utils.errors import CheckpointError
+from ..utils.errors import CheckpointError, RecipeError
 
 __all__ = ["load_teacher"]
 
@@ -25,15 +25,21 @@ def load_teacher(path: Path, recipe: Recipe, classes: Sequence[str]) -> torch.nn
         classes: names of the classes, in the order of the network's outputs.
 
     Raises:
-        CheckpointError: the file cannot be read, or its network has other classes or channels.
+        CheckpointError: the file cannot be read, or its network has other classes or channels, or
+            takes no images of the recipe's size.
     """
     try:
         if path.is_dir():
             path /= "best.safetensors"
         if _is_of_a_run(path):
-            return _from_run(path, recipe, classes)
-        network = create_unconverted(recipe.model.dense, len(classes), recipe.data.input_size)
-        load_weights(network, Weights(read_tensors(path), str(path)), with_classifier=True)
+            network = _from_run(path, recipe, classes)
+        else:
+            network = create_unconverted(recipe.model.dense, len(classes), recipe.data.input_size)
+            load_weights(network, Weights(read_tensors(path), str(path)), with_classifier=True)
+        try:
+            checked_cost(network, len(classes), recipe.data.input_size)
+        except RecipeError as error:
+            raise CheckpointError(f"{path}: {str(error).removeprefix('model: ')}") from None
         return network
     except CheckpointError as error:
         raise CheckpointError(f"train.teacher: {error}") from None

@@ -74,6 +74,7 @@ def corrupt_files():
         "no_pixels.png": png(10, 10),
         "zero_by_zero.png": png(0, 0),
         "bomb.png": png(60000, 60000),
+        "line.png": png(60000, 1, b"\0" + bytes(180000)),
         "cut_gif.jpg": cut(encoded("GIF", "P"), 0.5),
         "cut.webp": cut(encoded("WEBP"), 0.5),
         "cut.bmp": cut(encoded("BMP"), 0.5),

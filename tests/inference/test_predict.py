@@ -1,13 +1,17 @@
 """A run's weights as a network that classifies image files."""
 
 import json
+import os
+import signal
 
 import pytest
 from PIL import Image
 
 from dgc_fastai import CheckpointError, load_recipe, save_checkpoint
+from dgc_fastai.inference import predict
 from dgc_fastai.inference.predict import Predictor
 from dgc_fastai.models.factory import build_model
+from dgc_fastai.utils.errors import UserError
 from helpers import QUICKSTART
 
 CLASSES = [str(digit) for digit in range(10)]
@@ -37,3 +41,13 @@ def test_weights_say_which_network_they_belong_to(run, name):
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="best.safetensors: cannot tell its network: no such file"):
         Predictor.from_weights(tmp_path)
+
+
+def test_a_dead_reader_of_images_is_one_line(run, monkeypatch):
+    def killed(files, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(predict._Files, "__getitem__", killed)
+    found = Predictor.from_weights(run).predict_files([run / "image.png"], top=1, workers=1)
+    with pytest.raises(UserError, match="a process that reads images has died, possibly for lack of memory"):
+        list(found)

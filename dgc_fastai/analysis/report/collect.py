@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -102,7 +103,8 @@ def read_stored_run(folder: Path) -> StoredRun:
     done, planned = run.epochs
     if run.state in ("interrupted", "stopped"):
         begin = f"The run ended after {_count(done, 'epoch')}" + (f" of {planned}" if planned else "")
-        resume = f"; to go on: {program()} {folder / 'recipe.yaml'} --resume" if run.state == "interrupted" else ""
+        command = f"{program()} {shlex.quote(str(folder / 'recipe.yaml'))} --resume"
+        resume = f"; to go on: {command}" if run.state == "interrupted" else ""
         run.missing.insert(0, f"{begin}{resume}.")
     elif run.state == "running":
         run.missing.insert(0, f"The run is still going on: {_count(done, 'epoch')} of {planned} are done.")

@@ -1,5 +1,7 @@
 """Learning from a teacher."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ from dgc_fastai.models.factory import build_model
 from dgc_fastai.training.callbacks import distillation
 from dgc_fastai.training.callbacks.order import ANNEAL_GATES
 from dgc_fastai.training.run import TrainingRun
+from dgc_fastai.training.teacher import load_teacher
 from dgc_fastai.utils.errors import CheckpointError, RecipeError
 from helpers import QUICKSTART
 from helpers.golden import evaluating, loaders
@@ -188,6 +191,14 @@ def test_a_run_teaches_with_its_own_recipe(tmp_path):
     folder, learn = start([f"train.teacher={run}", "train.epochs=1", f"output={tmp_path}/runs"])
     assert folder and learn.distillation.teacher.num_features > learn.model.num_features
     with pytest.raises(CheckpointError, match=r"has 10 classes \(0, 1, 2, ...\), and the data have 2 \(a, b\)"):
-        from dgc_fastai.training.teacher import load_teacher
-
         load_teacher(run, load_recipe(QUICKSTART), ["a", "b"])
+
+
+def test_a_teacher_that_takes_larger_images_only_is_refused(tmp_path):
+    recipe = load_recipe(QUICKSTART, ["model.stages=[1,1,1,1,1]", "model.growth=[8,8,8,8,8]", "data.size=32"])
+    digits = [str(digit) for digit in range(10)]
+    metadata = {"recipe": recipe.to_yaml(), "classes": json.dumps(digits)}
+    save_checkpoint(build_model(recipe.model, 10, (1, 32, 32)), tmp_path / "best.safetensors", metadata)
+    load_teacher(tmp_path, recipe, digits)
+    with pytest.raises(CheckpointError, match="^train.teacher: .*best.safetensors: the network cannot take images"):
+        load_teacher(tmp_path, load_recipe(QUICKSTART), digits)
