@@ -1,12 +1,14 @@
 """DGC for networks that were made without it: any CNN of timm, torchvision or one's own."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import torch.nn as nn
 
 from ..layers.dynamic_group_conv import DynamicGroupConv2d, squeezed_channels
+from ..utils.text import did_you_mean
 from .cost import budget
 
 __all__ = ["convert"]
@@ -17,7 +19,7 @@ _logger = logging.getLogger(__name__)
 def convert(
     model: nn.Module,
     heads: int = 4,
-    gate_factor: float = 0.25,
+    gate_factor: float | Mapping[str, float] = 0.25,
     skip: str | Sequence[str] = (),
     squeeze_rate: int = 16,
     input_size: Sequence[int] | None = None,
@@ -36,7 +38,9 @@ def convert(
 
     Args:
         model: changed in place. Create the optimizer of its parameters afterwards.
-        heads, gate_factor, squeeze_rate: of every DGC layer, see `DynamicGroupConv2d`.
+        heads, squeeze_rate: of every DGC layer, see `DynamicGroupConv2d`.
+        gate_factor: of every DGC layer; or a gate factor for each name of a convolution, with wildcards, of which the
+            first that fits counts: `{"layer1.*": 1, "*": 0.5}`. A name's 1 leaves the convolution as it is.
         skip: names of modules that are not replaced, with wildcards: `"layer1.*"`.
         input_size: (channels, height, width) of its images in pixels; by default that of timm's `default_cfg`, or
             224 px.
@@ -46,14 +50,18 @@ def convert(
 
     Raises:
         ValueError: there is no convolution to replace, heads is less than 1 or squeeze_rate less than 2, gate_factor
-            is outside (0, 1], or the network cannot take images of that size. The model is then unchanged.
+            is outside (0, 1], or misses a convolution or names none, or the network cannot take images of that size.
+            The model is then unchanged.
     """
     patterns = [skip] if isinstance(skip, str) else list(skip)
     if heads < 1 or squeeze_rate < 2:
         raise ValueError(f"heads={heads} or squeeze_rate={squeeze_rate} is too small")
+    if isinstance(gate_factor, Mapping):
+        _check_names(gate_factor, model)
     counted = budget(model, input_size or _input_size(model)).layers
     shapes = {model.get_submodule(layer.name): layer.output for layer in counted}
     layers: dict[nn.Module, DynamicGroupConv2d] = {}
+    factors: dict[nn.Module, Any] = {}
     replaced, left = [], []
     named = model.named_modules(remove_duplicate=False)
     for name, module in [(name, module) for name, module in named if isinstance(module, nn.Conv2d)]:
@@ -62,8 +70,13 @@ def convert(
         if reason:
             left.append(f"{name}: {reason}")
             continue
-        if module not in layers:  # a convolution that two parents share stays shared
-            layers[module] = _gated(module, heads, gate_factor, squeeze_rate)
+        if module not in factors:  # a convolution that two parents share stays shared
+            factors[module] = _factor_of(name, gate_factor)
+        if factors[module] is None:
+            left.append(f"{name}: its gate factor is 1")
+            continue
+        if module not in layers:
+            layers[module] = _gated(module, heads, factors[module], squeeze_rate)
         replaced.append((name, layers[module]))
     if not replaced:
         reasons = f" ({'; '.join(left[:3])})" if left else ""
@@ -74,6 +87,23 @@ def convert(
     for line in left:
         _logger.info("left %s", line)
     return model
+
+
+def _check_names(gate_factor: Mapping[str, float], model: nn.Module) -> None:
+    convolutions = [name for name, one in model.named_modules(remove_duplicate=False) if isinstance(one, nn.Conv2d)]
+    for pattern in gate_factor:
+        if not any(fnmatch(name, pattern) for name in convolutions):
+            raise ValueError(f"gate_factor: no convolution is called {pattern!r}{did_you_mean(pattern, convolutions)}")
+
+
+def _factor_of(name: str, gate_factor: float | Mapping[str, float]) -> float | None:
+    """The gate factor of a convolution; None to leave it as it is."""
+    if not isinstance(gate_factor, Mapping):
+        return gate_factor
+    found = next((factor for pattern, factor in gate_factor.items() if fnmatch(name, pattern)), None)
+    if found is None:
+        raise ValueError(f"gate_factor has none for {name}; add one for '*', all others")
+    return None if found == 1 else found
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The model section of a recipe -> a network, and its cost."""
 
+from copy import deepcopy
 from typing import Any
 
 import timm
@@ -7,9 +8,10 @@ import torch
 
 from .. import models  # noqa: F401  (registers the networks)
 from ..ops.device import select_channels_last
-from ..recipe.schema import Model, Train
+from ..recipe.schema import Convert, Model, Train
 from ..utils.errors import RecipeError
 from ..utils.text import did_you_mean
+from .allocation import Options, mac_budget, mac_options, one_gate_factor
 from .conversion import convert
 from .cost import Budget, budget
 
@@ -85,15 +87,37 @@ def create_unconverted(model: Model, classes: int, input_size: InputSize) -> tor
 def convert_model(network: torch.nn.Module, model: Model, input_size: InputSize) -> torch.nn.Module:
     """Give a network the DGC layers that `model.convert` describes, if there is one; in place.
 
+    A target that gate factors have not been chosen for yet is met by one for all layers; one in milliseconds is not.
+
     Raises:
-        RecipeError: there is nothing to convert.
+        RecipeError: there is nothing to convert, or the target is out of reach.
     """
     if not model.convert:
         return network
     try:
-        return convert(network, **model.convert.model_dump(), input_size=input_size)
+        keywords = model.convert.keywords()
+        if model.convert.target and model.convert.has_to_choose:
+            options, cost = conversion_options(network, model.convert, input_size)
+            keywords["gate_factor"] = one_gate_factor(options, mac_budget(options, cost, model.convert.target))
+        return convert(network, **keywords, input_size=input_size)
     except ValueError as error:
         raise RecipeError(f"model.convert: {error}") from None
+
+
+def conversion_options(
+    network: torch.nn.Module, settings: Convert, input_size: InputSize
+) -> tuple[list[Options], Budget]:
+    """What the layers may keep that `convert` would give a network, and what that network costs, in MACs.
+
+    Args:
+        network: before conversion. It is not changed.
+
+    Raises:
+        ValueError: there is nothing to convert.
+    """
+    converted = convert(deepcopy(network).to("meta"), **settings.keywords(), input_size=input_size)
+    cost = budget(converted, input_size)
+    return mac_options(converted, cost), cost
 
 
 def prepare(network: torch.nn.Module, train: Train, device: torch.device) -> torch.nn.Module:

@@ -155,6 +155,37 @@ def test_what_is_left_and_why(caplog):
         assert line.startswith(f"left {name}: ") and reason in line
 
 
+def test_each_convolution_has_a_gate_factor_of_its_own(caplog):
+    model = timm.create_model("resnet10t", num_classes=7)
+    with caplog.at_level(logging.INFO, "dgc_fastai"):
+        convert(model, gate_factor={"layer1.*": 1, "layer2.0.conv1": 0.75, "layer*": 0.25, "conv1.*": 0.5})
+    layers = {name: one.gate_factor for name, one in model.named_modules() if isinstance(one, DynamicGroupConv2d)}
+    assert not any(name.startswith("layer1") for name in layers) and layers.pop("layer2.0.conv1") == 0.75
+    assert {name: factor for name, factor in layers.items() if name.startswith("conv1")} == {
+        "conv1.3": 0.5, "conv1.6": 0.5,
+    }  # fmt: skip
+    assert {factor for name, factor in layers.items() if name.startswith("layer")} == {0.25}
+    assert "left layer1.0.conv1: its gate factor is 1" in [record.getMessage() for record in caplog.records]
+    set_progress(model, 1)
+    assert int(model.layer2[0].conv1.inactive_channels) == 16 and int(model.layer2[0].conv2.inactive_channels) == 96
+
+
+@pytest.mark.parametrize(
+    "gate_factor, message",
+    [
+        ({"layer1.*": 0.5}, "gate_factor has none for conv1.3; add one for '[*]', all others"),
+        ({"layr1.0.conv1": 0.5, "*": 1}, "no convolution is called 'layr1.0.conv1'; did you mean 'layer1.0.conv1'"),
+        ({"*": 1.5}, "gate_factor=1.5 is not in"),
+        ({"*": 1}, "no convolution to convert .conv1.0: 3 input.* its gate factor is 1"),
+    ],
+)
+def test_gate_factors_that_miss_a_convolution_are_refused(gate_factor, message):
+    model = timm.create_model("resnet10t")
+    with pytest.raises(ValueError, match=message):
+        convert(model, gate_factor=gate_factor)
+    assert not dgc_layers(model)
+
+
 def test_what_cannot_be_converted_is_refused_and_left_alone():
     transformer = timm.create_model("vit_tiny_patch16_224", depth=1)
     with pytest.raises(ValueError, match="VisionTransformer has no convolution to convert .patch_embed.proj: 3 input"):

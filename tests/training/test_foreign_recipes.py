@@ -98,6 +98,10 @@ REFUSED = {
         "model.convert: the network cannot take images of (1, ",
     ),
     "nothing to convert": ("model.convert.heads=7", "model.convert: ResNet has no convolution to convert (conv1.0: "),
+    "a target below the minimum": (
+        "model.convert.target=0.01",
+        "error: model.convert: target=0.01 is out of reach: with 0.125 of the channels in each layer that can be",
+    ),
     "a key of another network": ("model.heads=2", "resnet10t has no keyword heads; set them in model.convert"),
     "an unknown key": (
         "model.convert.hads=2",
