@@ -70,6 +70,7 @@ class Variant:
 
 SHALLOW = {"stages": [2, 3, 3]}
 DENSE: dict[str, Any] = {"arch": "dgc_densenet86_dense"}
+PUBLISHED = {"zero_init_gates": False}
 VARIANTS = {
     # Rivals without gates.
     "dense": Variant("dense at full cost", **DENSE),
@@ -77,12 +78,45 @@ VARIANTS = {
     "narrower": Variant("dense, 1x1 convolutions with half the outputs", {"bottleneck": 2}, **DENSE),
     "static_groups": Variant("1x1 convolutions of four groups", arch="dgc_densenet86_sgc"),
     # The method, and what of it is needed.
-    "published": Variant("as published", {"zero_init_gates": False}, gate_decay=True),
+    "published": Variant("as published", PUBLISHED, gate_decay=True),
     "open": Variant("gates that start at one (zero_init_gates)"),
     "fixed_selection": Variant("open; each head keeps the same channels for all images", gates={"scores": "bias"}),
     "input_free": Variant("open; gates learned, but the same for all images", gates={"input_free": True}),
     "random_selection": Variant("channels drawn at random, never changed", gates={"scores": "random"}),
     "scaled_shallower": Variant("shallower; gates scale and never close", {**SHALLOW, "gate_factor": 1.0}),
+    # Two thirds of the cost of dense.
+    "shallower_333": Variant("dense, stages of 3, 3, 3 layers", {"stages": [3, 3, 3]}, **DENSE),
+    "narrower_3": Variant("dense, 1x1 convolutions with three quarters of the outputs", {"bottleneck": 3}, **DENSE),
+    "static_groups_2": Variant("1x1 convolutions of two groups", {"heads": 2}, arch="dgc_densenet86_sgc"),
+    "published_half": Variant("published, gate factor 0.5", {**PUBLISHED, "gate_factor": 0.5}, gate_decay=True),
+    "open_half": Variant("open, gate factor 0.5", {"gate_factor": 0.5}),
+    "input_free_half": Variant("input_free, gate factor 0.5", {"gate_factor": 0.5}, gates={"input_free": True}),
+    # Less than half of it.
+    "shallower_223": Variant("dense, stages of 2, 2, 3 layers", {"stages": [2, 2, 3]}, **DENSE),
+    "narrower_344": Variant("narrower, stages of 3, 4, 4 layers", {"bottleneck": 2, "stages": [3, 4, 4]}, **DENSE),
+    "static_groups_8": Variant("1x1 convolutions of eight groups", {"heads": 8}, arch="dgc_densenet86_sgc"),
+    "published_eighth": Variant("published, gate factor 0.125", {**PUBLISHED, "gate_factor": 0.125}, gate_decay=True),
+    "open_eighth": Variant("open, gate factor 0.125", {"gate_factor": 0.125}),
+    "input_free_eighth": Variant("input_free, gate factor 0.125", {"gate_factor": 0.125}, gates={"input_free": True}),
+    "open_narrower": Variant("open, 1x1 convolutions with three quarters of the outputs", {"bottleneck": 3}),
+    # Twice the epochs.
+    "dense_long": Variant("dense, twice the epochs", epochs=2.0, **DENSE),
+    "narrower_long": Variant("narrower, twice the epochs", {"bottleneck": 2}, epochs=2.0, **DENSE),
+    "static_groups_long": Variant("static groups, twice the epochs", arch="dgc_densenet86_sgc", epochs=2.0),
+    "open_long": Variant("open, twice the epochs", epochs=2.0),
+    "input_free_long": Variant("input_free, twice the epochs", gates={"input_free": True}, epochs=2.0),
+    # Another learning rate.
+    **{
+        f"{name}_lr_{word}": Variant(f"{name}, {word} the learning rate", network, lr=times, **more)
+        for name, network, more in (
+            ("dense", {}, DENSE),
+            ("narrower", {"bottleneck": 2}, DENSE),
+            ("static_groups", {}, {"arch": "dgc_densenet86_sgc"}),
+            ("open", {}, {}),
+            ("input_free", {}, {"gates": {"input_free": True}}),
+        )
+        for word, times in (("half", 0.5), ("twice", 2.0))
+    },
     # Tried: selection.
     "normalized_hidden": Variant("batch norm of the gates' hidden units", gates={"norm": True}),
     "normalized_input": Variant("pooled features divided by their mean", gates={"divide": True}),
@@ -111,6 +145,7 @@ VARIANTS = {
     "ema_shallower": Variant("shallower, averaged weights", SHALLOW, ema=True, **DENSE),
     "distilled": Variant("taught by dense", teacher="dense"),
     "distilled_shallower": Variant("shallower, taught by dense", SHALLOW, teacher="dense", **DENSE),
+    "distilled_narrower": Variant("narrower, taught by dense", {"bottleneck": 2}, teacher="dense", **DENSE),
     "distilled_groups": Variant("static groups, taught by dense", arch="dgc_densenet86_sgc", teacher="dense"),
     "dense_half": Variant("dense, half of the epochs: a start for the next", epochs=0.5, **DENSE),
     "dense_first": Variant("dense for half of the epochs, then closing", start="dense_half", epochs=0.5, lr=0.5),
