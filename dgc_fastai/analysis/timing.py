@@ -1,15 +1,12 @@
-"""Times and peak memory of function calls, measured in interleaved rounds."""
+"""Times and peak memory of function calls: what is measured, on which machine, and its summary."""
 
 import gc
 import itertools
-import math
 import os
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import fastai
@@ -18,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..utils.provenance import processor_name
+from ..utils.timing import Variant, measure_times
 
 __all__ = [
     "Measurement",
@@ -29,18 +27,6 @@ __all__ = [
     "summarize",
 ]
 
-MIN_SECONDS = 0.1  # of a timed block; a faster variant is called several times in it
-MAX_CALLS = 200
-
-
-class Variant(NamedTuple):
-    """A network in one of its states, and the function to time."""
-
-    name: str
-    setting: Callable[[], AbstractContextManager]
-    """Brings the network into its state; entered before the timer starts."""
-    call: Callable[[], Any]
-
 
 class Measurement(NamedTuple):
     """Variants to compare with the first of them."""
@@ -49,50 +35,6 @@ class Measurement(NamedTuple):
     batch: int
     variants: list[Variant]
     with_memory: bool
-
-
-def measure_times(
-    variants: Sequence[Variant],
-    rounds: int,
-    wait: Callable[[], None] = lambda: None,
-    notify: Callable[[str], None] = lambda name: None,
-    clock: Callable[[], float] = time.perf_counter,
-    block: float | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of a call of each variant, one number per round, after a warm-up round.
-
-    Every round calls all variants, alternately from the first to the last and from the last to the first, so that a
-    machine that becomes slower or faster does so for all of them.
-
-    Args:
-        rounds: number of rounds after the warm-up, at least one.
-        wait: returns when the device has finished its work.
-        notify: called with the name of the next variant, while no timer runs.
-        block: seconds of a timed block, by default `MIN_SECONDS`.
-    """
-    block = MIN_SECONDS if block is None else block
-
-    def seconds(variant: Variant, calls: int) -> float:
-        wait()
-        began = clock()
-        for _ in range(calls):
-            variant.call()
-            wait()
-        return (clock() - began) / calls
-
-    calls: dict[str, int] = {}
-    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
-    for number in range(rounds + 1):
-        for variant in variants if number % 2 == 0 else reversed(variants):
-            notify(variant.name)
-            with variant.setting():
-                if number == 0:
-                    variant.call()  # the first call also allocates memory, and may try several kernels
-                    once = max(seconds(variant, 1), block / MAX_CALLS)
-                    calls[variant.name] = math.ceil(block / once)
-                else:
-                    times[variant.name].append(seconds(variant, calls[variant.name]))
-    return times
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:

@@ -1,6 +1,7 @@
 """Small sets: held as one tensor on the device, indexed and augmented there a batch at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,15 @@ class TensorImages:
     def decode(self, item, full: bool = True):
         image, label = item
         return image, Category(self.vocab[int(label)])
+
+    @contextmanager
+    def set_split_idx(self, split_idx: int) -> Iterator["TensorImages"]:
+        """Within this context, loaders transform the images as those of another part, as in fastai's `Datasets`."""
+        before, self.split_idx = self.split_idx, split_idx
+        try:
+            yield self
+        finally:
+            self.split_idx = before
 
     def new_empty(self) -> "TensorImages":
         return TensorImages(self.images[:0], self.labels[:0], self.vocab, self.split_idx)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
-from typing import Any
 
 import torch.nn as nn
 
@@ -54,46 +53,41 @@ def convert(
             The model is then unchanged.
     """
     patterns = [skip] if isinstance(skip, str) else list(skip)
-    if heads < 1 or squeeze_rate < 2:
-        raise ValueError(f"heads={heads} or squeeze_rate={squeeze_rate} is too small")
-    if isinstance(gate_factor, Mapping):
-        _check_names(gate_factor, model)
-    counted = budget(model, input_size or _input_size(model)).layers
-    shapes = {model.get_submodule(layer.name): layer.output for layer in counted}
-    layers: dict[nn.Module, DynamicGroupConv2d] = {}
-    factors: dict[nn.Module, Any] = {}
+    convolutions = [one for one in model.named_modules(remove_duplicate=False) if isinstance(one[1], nn.Conv2d)]
+    _check(heads, squeeze_rate, gate_factor, [name for name, _ in convolutions])
+    shapes = _output_shapes(model, input_size)
+    layers: dict[nn.Module, DynamicGroupConv2d | None] = {}
     replaced, left = [], []
-    named = model.named_modules(remove_duplicate=False)
-    for name, module in [(name, module) for name, module in named if isinstance(module, nn.Conv2d)]:
+    for name, module in convolutions:
         is_skipped = any(fnmatch(name, pattern) for pattern in patterns)
         reason = "skipped" if is_skipped else _reason_against(module, shapes.get(module), heads, squeeze_rate)
-        if reason:
-            left.append(f"{name}: {reason}")
-            continue
-        if module not in factors:  # a convolution that two parents share stays shared
-            factors[module] = _factor_of(name, gate_factor)
-        if factors[module] is None:
-            left.append(f"{name}: its gate factor is 1")
-            continue
-        if module not in layers:
-            layers[module] = _gated(module, heads, factors[module], squeeze_rate)
-        replaced.append((name, layers[module]))
+        if not reason and module not in layers:  # a convolution that two parents share stays shared
+            layers[module] = _gated(module, heads, _factor_of(name, gate_factor), squeeze_rate)
+        if layer := None if reason else layers[module]:
+            replaced.append((name, layer))
+        else:
+            left.append(f"{name}: {reason or 'its gate factor is 1'}")
     if not replaced:
         reasons = f" ({'; '.join(left[:3])})" if left else ""
         raise ValueError(f"{type(model).__name__} has no convolution to convert{reasons}")
-    for name, layer in replaced:
-        model.set_submodule(name, layer)
-    _logger.info("converted %d of %d convolutions", len(replaced), len(replaced) + len(left))
-    for line in left:
-        _logger.info("left %s", line)
+    for name, gated in replaced:
+        model.set_submodule(name, gated)
+    for line in (f"converted {len(replaced)} of {len(convolutions)} convolutions", *(f"left {line}" for line in left)):
+        _logger.info(line)
     return model
 
 
-def _check_names(gate_factor: Mapping[str, float], model: nn.Module) -> None:
-    convolutions = [name for name, one in model.named_modules(remove_duplicate=False) if isinstance(one, nn.Conv2d)]
-    for pattern in gate_factor:
-        if not any(fnmatch(name, pattern) for name in convolutions):
-            raise ValueError(f"gate_factor: no convolution is called {pattern!r}{did_you_mean(pattern, convolutions)}")
+def _output_shapes(model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.Module, tuple[int, ...]]:
+    counted = budget(model, input_size or _input_size(model)).layers
+    return {model.get_submodule(layer.name): layer.output for layer in counted}
+
+
+def _check(heads: int, squeeze_rate: int, gate_factor: float | Mapping[str, float], names: Sequence[str]) -> None:
+    if heads < 1 or squeeze_rate < 2:
+        raise ValueError(f"heads={heads} or squeeze_rate={squeeze_rate} is too small")
+    for pattern in gate_factor if isinstance(gate_factor, Mapping) else ():
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"gate_factor: no convolution is called {pattern!r}{did_you_mean(pattern, names)}")
 
 
 def _factor_of(name: str, gate_factor: float | Mapping[str, float]) -> float | None:
@@ -133,8 +127,10 @@ def _reason_against(conv: nn.Conv2d, output: tuple[int, ...] | None, heads: int,
     return None
 
 
-def _gated(conv: nn.Conv2d, heads: int, gate_factor: float, squeeze_rate: int) -> DynamicGroupConv2d:
-    """A DGC layer that computes what a convolution does, with its very parameters."""
+def _gated(conv: nn.Conv2d, heads: int, gate_factor: float | None, squeeze_rate: int) -> DynamicGroupConv2d | None:
+    """A DGC layer that computes what a convolution does, with its very parameters; None without a gate factor."""
+    if gate_factor is None:
+        return None
     layer = DynamicGroupConv2d.like(conv, heads=heads, gate_factor=gate_factor, squeeze_rate=squeeze_rate, preact=False)
     layer.weight, layer.bias = conv.weight, conv.bias  # type: ignore[assignment]  # nn.Parameters
     layer.open_gates()

@@ -8,7 +8,8 @@ import torch
 
 from .. import models  # noqa: F401  (registers the networks)
 from ..ops.device import select_channels_last
-from ..recipe.schema import Convert, Model, Train
+from ..recipe.conversion import Convert
+from ..recipe.schema import Model, Train
 from ..utils.errors import RecipeError
 from ..utils.text import did_you_mean
 from .allocation import Options, mac_budget, mac_options, one_gate_factor

@@ -15,7 +15,9 @@ from ..utils.invocation import display_path
 from ..utils.text import did_you_mean
 from .auto import choose_settings
 from .catalogue import find_recipe, recipe_names
-from .schema import Convert, Data, Log, Model, Recipe, Section, Train
+from .conversion import Convert
+from .schema import Data, Log, Model, Recipe, Train
+from .section import Section
 from .yaml_text import parse_yaml
 
 if TYPE_CHECKING:

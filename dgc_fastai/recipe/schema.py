@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ..utils.text import did_you_mean
+from .conversion import Convert
+from .section import Count, Section, Share, Strength, Width
 from .yaml_text import Dumper
 
 __all__ = ["Recipe"]
@@ -45,12 +47,6 @@ STATISTICS = {
     "folder": IMAGENET,
 }
 
-# The limits are far beyond any use. They keep a typing error from filling the memory.
-Count = Annotated[int, Field(ge=1, le=100_000)]
-Width = Annotated[int, Field(ge=1, le=4096)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Strength = Annotated[float, Field(ge=0, le=100)]
-
 
 def _plain_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
@@ -77,56 +73,8 @@ def _known_source(weights: str) -> str:
     return weights
 
 
-def _shares(gate_factor: Any) -> Any:
-    """Checked here, since pydantic would report each alternative of a union."""
-    if isinstance(gate_factor, dict) and not gate_factor:
-        raise ValueError("give a gate factor to each name, such as {'layer1.*': 0.5, '*': 0.25}")
-    for factor in gate_factor.values() if isinstance(gate_factor, dict) else [gate_factor]:
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
-            raise ValueError(f"use a share in (0, 1], or one for each name of a convolution, not {factor!r}")
-    return gate_factor
-
-
 def _as_file(weights: str) -> Path | None:
     return None if weights.startswith("hf-hub:") else Path(weights).expanduser()
-
-
-class Section(BaseModel):
-    # Strict: a recipe's 1 is not True, and its "3" is not 3. JSON's few types suffice for every value.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Convert(Section):
-    """DGC layers in the place of a network's convolutions: the arguments of `dgc_fastai.convert`.
-
-    `target`, a share of the dense network's MACs, or `target_ms`, of an image in the deployed network, chooses a gate
-    factor for each convolution when training starts. A run keeps its recipe with those that were chosen.
-    """
-
-    heads: Width = 4
-    gate_factor: Annotated[float | dict[str, float], BeforeValidator(_shares)] = 0.25
-    target: Annotated[float, Field(gt=0, lt=1)] | None = None
-    target_ms: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    squeeze_rate: Annotated[int, Field(ge=2, le=4096)] = 16
-    skip: list[Annotated[str, Field(min_length=1)]] = []
-
-    @model_validator(mode="after")
-    def _one_target(self) -> "Convert":
-        if self.target and self.target_ms:
-            raise ValueError("target and target_ms exclude each other: remove one of them")
-        return self
-
-    @property
-    def has_to_choose(self) -> bool:
-        """Whether the gate factors for the target are still to be chosen."""
-        return bool(self.target or self.target_ms) and not isinstance(self.gate_factor, dict)
-
-    def with_gate_factor(self, gate_factor: "float | dict[str, float]") -> "Convert":
-        return self.model_copy(update={"gate_factor": gate_factor})
-
-    def keywords(self) -> dict[str, Any]:
-        """Keyword arguments of `dgc_fastai.convert`."""
-        return self.model_dump(exclude={"target", "target_ms"})
 
 
 class Model(Section):
@@ -348,6 +296,21 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The whole recipe with every default. Loading it gives an equal recipe."""
         return yaml.dump(self.model_dump(exclude_none=True), Dumper=Dumper, sort_keys=False)
+
+    def with_choice_of(self, begun: "Recipe | None") -> "Recipe":
+        """This recipe, with the gate factors that another one has been given for the same `model.convert.target`."""
+        own, other = self.model.convert, begun.model.convert if begun else None
+        if not (own and other and own.has_to_choose) or other.has_to_choose:
+            return self
+        if (own.target, own.target_ms) != (other.target, other.target_ms):
+            return self
+        return self.with_gate_factor(other.gate_factor)
+
+    def with_gate_factor(self, gate_factor: float | dict[str, float]) -> "Recipe":
+        """This recipe, with another `model.convert.gate_factor`."""
+        assert self.model.convert
+        convert = self.model.convert.model_copy(update={"gate_factor": gate_factor})
+        return self.model_copy(update={"model": self.model.model_copy(update={"convert": convert})})
 
     def resolved(self, precision: str, channels_last: bool | None) -> "Recipe":
         """This recipe, with values for those keys that it leaves to the device."""

@@ -83,15 +83,15 @@ def interrupted_run(recipe: Recipe) -> tuple[Path | None, str]:
 
 
 def as_begun(recipe: Recipe, folder: Path | None) -> Recipe:
-    """A recipe to resume a run with: what it leaves to the device is as when the run began, maybe on another one.
+    """A recipe to resume a run with: what it leaves to the device, or to be chosen, is as when the run began.
 
     Raises:
         RecipeError: the folder is not that of a run.
     """
     if folder is None:
         return recipe
-    train = load_recipe(folder / "recipe.yaml").train
-    return recipe.resolved(train.precision, train.channels_last)
+    begun = load_recipe(folder / "recipe.yaml")
+    return recipe.resolved(begun.train.precision, begun.train.channels_last).with_choice_of(begun)
 
 
 def finished_run(recipe: Recipe) -> Path | None:
@@ -150,7 +150,7 @@ def _begun_by_this_launch(recipe: Recipe) -> Path | None:
 
 
 def _differences(recipe: Recipe, folder: Path) -> list[str]:
-    """The keys in which a recipe differs from that of a run; those left to the device are as the run began."""
+    """The keys in which a recipe differs from that of a run; those left open are as the run began."""
     return differences(as_begun(recipe, folder), load_recipe(folder / "recipe.yaml"), ignore=("output", "log"))
 
 

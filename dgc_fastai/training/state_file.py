@@ -3,6 +3,8 @@
 import io
 import random
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ..utils.files import write_atomically
 from ..utils.text import one_line
 from .collectives import all_gather_bytes, broadcast_bytes
 
-__all__ = ["read_state", "restore_random_state", "state_error", "write_state"]
+__all__ = ["random_state_kept", "read_state", "restore_random_state", "state_error", "write_state"]
 
 FORMAT = 3
 
@@ -70,7 +72,20 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """
     if launch.rank() >= len(state["random"]):
         return
-    own = state["random"][launch.rank()]
+    _set_random_state(state["random"][launch.rank()])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Within this context, random numbers may be drawn; the next one after it is what it would have been without."""
+    before = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(before)
+
+
+def _set_random_state(own: dict[str, Any]) -> None:
     version, keys, gauss = own["python"]
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(tuple(own["numpy"]))

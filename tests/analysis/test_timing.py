@@ -2,9 +2,10 @@
 
 import torch
 
-from dgc_fastai.analysis import timing
 from dgc_fastai.analysis.benchmark_plan import plan_benchmark
-from dgc_fastai.analysis.timing import Variant, measure_times, peak_memory, summarize
+from dgc_fastai.analysis.timing import peak_memory, summarize
+from dgc_fastai.utils import timing
+from dgc_fastai.utils.timing import Variant, measure_times
 from helpers.benchmarks import tiny
 
 CPU = torch.device("cpu")
