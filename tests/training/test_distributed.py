@@ -167,7 +167,7 @@ class Launch:
 
 
 def test_killed_processes_lead_to_a_resumed_run(tmp_path):
-    chance, kills = random.Random(0), 5
+    chance, kills = random.Random(0), 3
     launch = Launch(tmp_path, f"train.epochs={EPOCHS}", restarts=kills)
     for number in range(1, kills + 1):
         launch.wait_for(rf"(?s)(train loss.*){{{number}}}")
