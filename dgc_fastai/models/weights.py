@@ -17,6 +17,7 @@ from ..layers.gate_schedule import dgc_layers
 from ..recipe.schema import Model
 from ..utils.errors import CheckpointError
 from .checkpoints import check_fit, read_tensors, translate
+from .efficientnet_names import with_timm_names
 
 __all__ = ["Weights", "load_weights", "read_weights"]
 
@@ -106,6 +107,8 @@ def _with_names_of(network: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """Weights by the names that a network has for them; timm knows those of others for some of its networks."""
     expected = network.state_dict()
     state = {name.removeprefix("module.").removeprefix("_orig_mod."): value for name, value in weights.state.items()}
+    if "_conv_stem.weight" in state:
+        state = with_timm_names(state, network)
     filters = vars(sys.modules[type(network).__module__])
     rename: Callable | None = filters.get("checkpoint_filter_fn") or filters.get("_filter_fn")
     if rename and expected.keys() - state.keys():
