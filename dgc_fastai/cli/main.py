@@ -10,7 +10,7 @@ from ..utils import launch
 from ..utils.errors import Interrupted, LostProcess, UserError, out_of_memory
 from ..utils.invocation import program
 from ..utils.text import one_line
-from . import environment, gates, measure, start, train, use  # noqa: F401  (they add their commands)
+from . import compress, environment, gates, measure, start, train, use  # noqa: F401  (they add their commands)
 from .app import OPTIONS, app, errors, set_quiet
 
 # The options of every command.

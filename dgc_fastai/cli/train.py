@@ -3,7 +3,7 @@
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -13,6 +13,9 @@ from ..utils.errors import Interrupted, UserError
 from ..utils.invocation import program
 from .app import TRAIN, Overrides, RecipeFile, app, console, load, results
 from .final_report import write_final_report
+
+if TYPE_CHECKING:
+    from ..recipe.schema import Recipe
 
 # Words that other programs use for what is called otherwise here.
 OTHER_WORDS = {
@@ -53,29 +56,9 @@ def train(
     from ..recipe.machine import check_machine
 
     check_machine(plan, resume)
-    with console.status("Starting torch and fastai, reading the data"):
-        from ..ops.device import use_device
-        from ..training.collectives import destroy_process_group, init_process_group
-        from ..training.run import TrainingRun
-        from ..training.run_folder import STATE, as_begun, find_resumable_run
-        from .tables import show_cost, show_recipe, show_result
+    folder = fit(plan, resume)
+    from .tables import show_result
 
-        init_process_group(use_device(plan.device))
-        folder, found = find_resumable_run(plan, resume)
-        run = TrainingRun(as_begun(plan, folder), gets_weights=bool(folder and (folder / STATE).exists()))
-        run.learner  # noqa: B018  (reads the data)
-    show_recipe(console, run.recipe)
-    show_cost(console, run.cost)
-    if run.starts_from:
-        console.print(f"Starts from {run.starts_from}.", soft_wrap=True, highlight=False, markup=False)
-    if found:
-        console.print(found, soft_wrap=True, highlight=False, markup=False)
-    try:
-        folder = run.fit(console, folder)
-    except Interrupted:  # of all processes, which need not end at the same time
-        destroy_process_group()
-        raise
-    destroy_process_group()
     show_result(results, folder)
     if plan.log.report and launch.is_main_process():
         write_final_report(folder, json.loads((folder / "summary.json").read_text())["seconds"])
@@ -126,6 +109,34 @@ def sweep(
         if plan.runs[0].recipe.log.report:
             write_final_report(plan.folder, sum(row["seconds"] for row in plan.rows()))
     plan.raise_failures()
+
+
+def fit(plan: "Recipe", resume: bool) -> Path:
+    """Train a recipe into a run folder, show what it is and costs, and return the folder."""
+    with console.status("Starting torch and fastai, reading the data"):
+        from ..ops.device import use_device
+        from ..training.collectives import destroy_process_group, init_process_group
+        from ..training.run import TrainingRun
+        from ..training.run_folder import STATE, as_begun, find_resumable_run
+        from .tables import show_cost, show_recipe
+
+        init_process_group(use_device(plan.device))
+        folder, found = find_resumable_run(plan, resume)
+        run = TrainingRun(as_begun(plan, folder), gets_weights=bool(folder and (folder / STATE).exists()))
+        run.learner  # noqa: B018  (reads the data)
+    show_recipe(console, run.recipe)
+    show_cost(console, run.cost)
+    if run.starts_from:
+        console.print(f"Starts from {run.starts_from}.", soft_wrap=True, highlight=False, markup=False)
+    if found:
+        console.print(found, soft_wrap=True, highlight=False, markup=False)
+    try:
+        folder = run.fit(console, folder)
+    except Interrupted:  # of all processes, which need not end at the same time
+        destroy_process_group()
+        raise
+    destroy_process_group()
+    return folder
 
 
 def _refuse_words(recipe: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ from ..utils.files import write_atomically
 from .deploy import deploy
 from .predict import Predictor
 
-__all__ = ["export"]
+__all__ = ["export", "onnx_graph"]
 
 Run = Callable[[Tensor], Tensor]
 
@@ -66,6 +67,22 @@ def _onnx(predictor: Predictor, model: nn.Module, images: Tensor) -> tuple[bytes
     except ImportError as error:
         hint = "pip install onnx onnxscript onnxruntime"
         raise RecipeError(f"export to ONNX needs {error.name}, which is not installed; try {hint}") from None
+    graph = onnx_graph(model, images)
+    onnx.helper.set_model_props(graph, predictor.metadata())
+    content = graph.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+
+
+def onnx_graph(model: nn.Module, images: Tensor) -> Any:
+    """An ONNX `ModelProto` of a network, from `images` to `logits`, for any number of images.
+
+    Args:
+        images: [B, C, H, W], B at least 2.
+
+    Raises:
+        UserError: PyTorch's exporter cannot write it.
+    """
     try:
         program = torch.onnx.export(
             model,
@@ -80,8 +97,4 @@ def _onnx(predictor: Predictor, model: nn.Module, images: Tensor) -> tuple[bytes
         reason = next((line for line in str(error).splitlines() if "Error'>:" in line), type(error).__name__)
         raise UserError(f"cannot be written as ONNX: {reason}; a newer onnxscript may know how") from None
     assert program is not None  # it is with dynamo=True
-    graph = program.model_proto
-    onnx.helper.set_model_props(graph, predictor.metadata())
-    content = graph.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+    return program.model_proto
