@@ -96,7 +96,8 @@ def _faster(found: Found) -> Iterator[str]:
             f"Only {100 * share:.0f} % of its MACs are in layers that have gates now; the others have groups, such as "
             "depthwise convolutions, or few channels. Networks of ordinary convolutions, such as ResNets, gain more."
         )
-    yield f"Larger images (data.size={2 * found['input'][-1]}): in small ones, what surrounds the convolutions takes most time."
+    size = 2 * found["input"][-1]
+    yield f"Larger images (data.size={size}): in small ones, what surrounds the convolutions takes most of the time."
     share = found["after"]["macs"] / found["before"]["macs"]
     yield f"A higher share cut, such as model.convert.target={max(0.1, share - 0.15):.2g}, of the dense network's MACs."
     yield "Fewer layers: model.convert.skip, for those with few channels or pixels; `check RECIPE --layers` lists them."
