@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from dgc_fastai.analysis import benchmark, timing
+from dgc_fastai.analysis import benchmark
 from dgc_fastai.analysis.benchmark import speedup
 from dgc_fastai.analysis.benchmark_plan import plan_benchmark
 from dgc_fastai.analysis.timing import summarize
+from dgc_fastai.utils import timing
 from helpers import QUICKSTART
 from helpers.benchmarks import INFERENCE, TINY, TRAINING, tiny
 from helpers.command_line import only
