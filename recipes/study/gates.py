@@ -31,6 +31,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
@@ -39,7 +40,8 @@ from dgc_fastai import budget, gate_statistics
 from dgc_fastai.analysis.gate_controls import replaced_gates
 from dgc_fastai.layers.dynamic_group_conv import DynamicGroupConv2d, HeadGates
 from dgc_fastai.layers.gate_schedule import dgc_layers, gate_penalty, num_inactive
-from dgc_fastai.utils.files import write_table
+from dgc_fastai.utils.figures import to_png
+from dgc_fastai.utils.files import write_atomically, write_table
 
 SIZE = 24  # pixels of the network's input
 BATCH = 128
@@ -491,6 +493,35 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+CURVES = {  # of the figure: variants that are alike but for their cost
+    "dense, narrower": ("narrower_344", "narrower", "narrower_3", "dense"),
+    "dense, shallower": ("shallower_223", "shallower", "shallower_333", "dense"),
+    "static groups": ("static_groups_8", "static_groups", "static_groups_2"),
+    "DGC as published": ("published_eighth", "published", "published_half"),
+    "DGC, gates from one": ("open_eighth", "open", "open_half"),
+    "the same, input-free": ("input_free_eighth", "input_free", "input_free_half"),
+}
+
+
+def draw(rows: list[dict[str, Any]]) -> bytes:
+    """The figure of docs/study.md: accuracy against cost, means over seeds with standard errors, as a PNG."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, part, title in zip(panels, PARTS[1:], ("validation families", "test families")):
+        for number, (label, names) in enumerate(CURVES.items()):
+            points = [[row for row in rows if row["variant"] == name] for name in names]
+            costs = [float(own[0]["M_MACs"]) for own in points if own]
+            values = [[float(row[part]) for row in own] for own in points if own]
+            errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in values]
+            means = list(map(statistics.mean, values))
+            style = "-" if number < 3 else "--"
+            axes.errorbar(costs, means, errors, label=label, linestyle=style, marker="o", markersize=4, capsize=3)
+        axes.set(xlabel="M MACs for one picture", ylabel="top-1 in %", title=title)
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return to_png(figure)
+
+
 SHOWN = {"val": 1, "test": 1, "another_image": 1, "mean": 1, "usage_entropy": 2}
 
 
@@ -512,9 +543,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.02, help="of AdamW, at its peak")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, each on one thread")
     parser.add_argument("--markdown", action="store_true", help="print the means of the table, and train nothing")
+    parser.add_argument("--figure", type=Path, help="draw the table into this PNG file, and train nothing")
     args = parser.parse_args()
+    if args.figure:
+        write_atomically(args.figure, draw(read_table(args.table)))
     if args.markdown:
         print(markdown(read_table(args.table)))
+    if args.figure or args.markdown:
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that this one starts
     run_all(args)
