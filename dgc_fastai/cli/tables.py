@@ -15,8 +15,9 @@ from ..utils.invocation import display_path, program
 
 if TYPE_CHECKING:
     from ..models.cost import Budget
+    from ..training.gate_choice import GateChoice
 
-__all__ = ["show_cost", "show_layers", "show_recipe", "show_result", "show_verdict"]
+__all__ = ["show_choice", "show_cost", "show_layers", "show_recipe", "show_result", "show_verdict"]
 
 
 def show_recipe(console: Console, recipe: Recipe) -> None:
@@ -63,6 +64,30 @@ def show_layers(console: Console, cost: "Budget") -> None:
     totals = cost.macs, cost.macs_now, cost.macs_dense, cost.parameters
     table.add_row("total", "", *map(_quantity, totals), style="bold")
     console.print(table)
+
+
+def show_choice(console: Console, choice: "GateChoice") -> None:
+    """Print which gate factors were chosen, and what single layers are worth."""
+    title = "Gate factors, chosen by what each layer is worth"
+    style: dict = dict(title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, **style)
+    table.add_column("layer", overflow="fold")
+    for name in ("MACs dense", "loss", "factor", "MACs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in choice.rows:
+        numbers = _quantity(row["macs_dense"]), f"{row['loss_at_half']:.2g}", f"{row['gate_factor']:.3g}"
+        table.add_row(row["layer"], *numbers, _quantity(row["macs"]))
+    console.print(table)
+    text = (
+        "loss: how far the outputs move if this layer alone keeps half of its channels (Kullback-Leibler divergence in "
+        f"nats, {choice.images:,} training images). factor: 1 leaves the convolution as it is."
+    )
+    console.print(text, style="dim", highlight=False)
+    if choice.ms:
+        text = (
+            f"An image takes {choice.ms['reached']:.3g} ms deployed like this, and {choice.ms['dense']:.3g} ms dense."
+        )
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def show_result(console: Console, folder: Path) -> None:

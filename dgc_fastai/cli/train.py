@@ -113,19 +113,22 @@ def sweep(
 
 def fit(plan: "Recipe", resume: bool) -> Path:
     """Train a recipe into a run folder, show what it is and costs, and return the folder."""
-    with console.status("Starting torch and fastai, reading the data"):
+    with console.status("Starting torch and fastai, reading the data") as status:
         from ..ops.device import use_device
         from ..training.collectives import destroy_process_group, init_process_group
         from ..training.run import TrainingRun
         from ..training.run_folder import STATE, as_begun, find_resumable_run
-        from .tables import show_cost, show_recipe
+        from .tables import show_choice, show_cost, show_recipe
 
         init_process_group(use_device(plan.device))
         folder, found = find_resumable_run(plan, resume)
-        run = TrainingRun(as_begun(plan, folder), gets_weights=bool(folder and (folder / STATE).exists()))
+        gets_weights = bool(folder and (folder / STATE).exists())
+        run = TrainingRun(as_begun(plan, folder), gets_weights, notify=status.update)
         run.learner  # noqa: B018  (reads the data)
     show_recipe(console, run.recipe)
     show_cost(console, run.cost)
+    if run.choice:
+        show_choice(console, run.choice)
     if run.starts_from:
         console.print(f"Starts from {run.starts_from}.", soft_wrap=True, highlight=False, markup=False)
     if found:

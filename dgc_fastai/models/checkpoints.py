@@ -18,10 +18,11 @@ from torch import Tensor
 
 from ..layers.dynamic_group_conv import DynamicGroupConv2d
 from ..recipe.loading import parse_recipe
+from ..recipe.schema import Recipe
 from ..utils.errors import CheckpointError, RecipeError
 from ..utils.files import write_atomically
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint", "saved_recipe"]
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> None:
@@ -153,12 +154,12 @@ def _can_copy(source: Tensor, target: Tensor) -> bool:
     return plain and source.is_floating_point() == target.is_floating_point() and not source.is_complex()
 
 
-def _saved_arch(path: str | Path) -> str | None:
-    """timm's name of the network in the weights of a run, which carry their recipe; None for other files."""
+def saved_recipe(path: str | Path) -> Recipe | None:
+    """The recipe in the weights of a run; None for other files."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             recipe = (file.metadata() or {})["recipe"]
-        return parse_recipe(recipe, str(path)).model.arch
+        return parse_recipe(recipe, str(path))
     except (OSError, safetensors.SafetensorError, KeyError, RecipeError):
         return None
 
@@ -199,7 +200,8 @@ def check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> N
             shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:3])
             problems.append(f"{len(names)} {kind} ({shown}{', ...' if len(names) > 3 else ''})")
     if problems:
-        saved, arch = _saved_arch(path), (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+        recipe = saved_recipe(path)
+        saved, arch = recipe and recipe.model.arch, (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
         if saved and arch and saved != arch:
             raise CheckpointError(f"{path}: holds weights of {saved}, which do not fit {arch}")
         raise CheckpointError(f"{path}: does not fit {type(model).__name__}: {'; '.join(problems)}")

@@ -13,7 +13,7 @@ A recipe goes through these files, in this order, and returns to none of them. H
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property
@@ -29,13 +29,14 @@ from rich.console import Console
 from ..data.classes import class_names
 from ..data.loaders import build_dataloaders
 from ..layers.gate_schedule import dgc_layers
-from ..models.checkpoints import load_checkpoint
+from ..models.checkpoints import load_checkpoint, saved_recipe
+from ..models.cost import Budget
 from ..models.factory import checked_cost, convert_model, create_unconverted, network_cost, prepare
 from ..models.weights import Weights, load_weights, read_weights
 from ..ops.device import resolve, use_device
 from ..recipe.schema import Recipe
 from ..utils import launch
-from ..utils.errors import CheckpointError, Interrupted, TrainingError, WriteError
+from ..utils.errors import CheckpointError, Interrupted, RecipeError, TrainingError, WriteError
 from ..utils.files import write_atomically
 from ..utils.invocation import program
 from .callbacks.diagnosis import Diagnosis
@@ -43,6 +44,7 @@ from .callbacks.progress import TrainingDisplay
 from .callbacks.run_recorder import RunRecorder
 from .callbacks.save_state import SaveState
 from .collectives import init_process_group, lost_processes_named
+from .gate_choice import GateChoice, choose_gate_factors
 from .learner import RecipeLearner, assemble, evaluate
 from .loggers import logging_callbacks
 from .run_folder import STATE, Stage, lock_run, prepare_run_folder
@@ -63,13 +65,16 @@ class TrainingRun:
         recipe: from `load_recipe`.
         gets_weights: the network's weights will be loaded, from a file or the state of a run: not `model.weights`.
         network: to train instead of that of `model.arch`, with the weights that it has; `model.convert` applies to it.
+        notify: called with what is going on while gate factors are chosen.
 
     Attributes:
-        recipe: with the precision and the memory format that it has on the device.
+        recipe: with the precision and the memory format that it has on the device, and, once there is a learner, the
+            gate factors that were chosen.
         device: where the network and its batches are.
         classes: class names in the order of the network's outputs.
         input_size: channels, height and width of an image.
-        cost: of the network, before any training.
+        cost: of the network, before any training. Until gate factors are chosen, with one for all layers.
+        choice: of gate factors for `model.convert.target` or `target_ms`, if this run has made it.
         starts_from: the weights that the network starts from and what was left out of them, once it has them.
 
     Raises:
@@ -77,7 +82,13 @@ class TrainingRun:
             network's keywords do not go together or do not fit the size of the images.
     """
 
-    def __init__(self, recipe: Recipe, gets_weights: bool = False, network: torch.nn.Module | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        gets_weights: bool = False,
+        network: torch.nn.Module | None = None,
+        notify: Callable[[str], None] = lambda text: None,
+    ):
         self.device = use_device(recipe.device)
         self.recipe = resolve(recipe, self.device)
         init_process_group(self.device)
@@ -85,14 +96,10 @@ class TrainingRun:
         self.input_size = recipe.data.input_size
         self._network, self._trains = network, True
         self._teacher: torch.nn.Module | None = None
-        if network is None:
-            self.cost = network_cost(recipe.model, len(self.classes), self.input_size)
-        else:
-            self._keep_teacher(network)
-            convert_model(network, recipe.model, self.input_size)
-            self.cost = checked_cost(network, len(self.classes), self.input_size)
+        self.cost = self._cost()
+        self.choice: GateChoice | None = None
         self.starts_from: str | None = None
-        self._gets_weights = gets_weights
+        self._gets_weights, self._notify = gets_weights, notify
 
     @cached_property
     def learner(self) -> RecipeLearner:
@@ -102,9 +109,9 @@ class TrainingRun:
             RecipeError: the data cannot be read, or timm's optimizer cannot be used here.
             CheckpointError: the weights to start from cannot be read or fetched, or do not fit.
         """
+        set_seed(self.recipe.train.seed)
+        network = prepare(self._create_network(), self.recipe.train, self.device)
         recipe = self.recipe
-        set_seed(recipe.train.seed)
-        network = prepare(self._network or self._create_network(), recipe.train, self.device)
         if file := recipe.train.teacher_file if self._trains else None:
             self._teacher = load_teacher(file, recipe, self.classes)
         return assemble(recipe, build_dataloaders(recipe.data, self.device, self.classes), network, self._teacher)
@@ -125,7 +132,7 @@ class TrainingRun:
             WriteError: a file of the run, or of a logger, cannot be written. What was written before is intact, and
                 the run can be resumed.
         """
-        recipe, learn = self.recipe, self.learner
+        learn, recipe = self.learner, self.recipe  # as it is once there is a learner
         folder, stage = prepare_run_folder(recipe, folder)
         if stage is Stage.COMPLETE:  # by the time that another process died
             return folder
@@ -135,6 +142,8 @@ class TrainingRun:
         save_state = SaveState(folder / STATE, recipe.train.seed, state)
         display = TrainingDisplay(console, recorder.rows, recipe.log.print_every)
         with lock_run(folder):
+            if self.choice and launch.is_main_process():
+                write_atomically(folder / "allocation.csv", self.choice.table())
             callbacks = [save_state, diagnosis, recorder]
             if launch.is_main_process():
                 callbacks += [display, *logging_callbacks(recipe, folder, bool(dgc_layers(learn.model)))]
@@ -155,6 +164,7 @@ class TrainingRun:
             CheckpointError: the file cannot be read, or belongs to another network.
         """
         self._gets_weights, self._trains = True, False
+        self.recipe = self.recipe.with_choice_of(saved_recipe(weights))
         load_checkpoint(self.learner.model, weights)
 
     def evaluate(self, console: Console) -> dict[str, float]:
@@ -168,19 +178,43 @@ class TrainingRun:
         with _callbacks(learn, display), lost_processes_named():
             return evaluate(learn)
 
+    def _cost(self) -> Budget:
+        model = self.recipe.model
+        if self._network is None:
+            return network_cost(model, len(self.classes), self.input_size)
+        converted = convert_model(deepcopy(self._network).to("meta"), model, self.input_size)
+        return checked_cost(converted, len(self.classes), self.input_size)
+
     def _create_network(self) -> torch.nn.Module:
+        if self._network is not None:
+            return self._converted(self._network, has_weights=True)
         model, teaches = self.recipe.model, self._trains and self.recipe.train.teacher == "before"
         network = create_unconverted(model, len(self.classes), self.input_size)
         weights = None if self._gets_weights and not teaches else self._read_weights()
         if teaches and (weights is None or weights.have_gates):
             reason = f"{weights.source} is of one with gates" if weights else "it has no weights; set model.weights"
             raise CheckpointError(f"train.teacher: there is no network before model.convert: {reason}")
-        if weights and not (model.convert and weights.have_gates):
+        if weights and model.convert and weights.have_gates:
+            self.recipe = self.recipe.with_choice_of(saved_recipe(weights.source))
+        elif weights:
             self.starts_from = load_weights(network, weights, with_classifier=teaches)
-        self._keep_teacher(network)
-        network = convert_model(network, model, self.input_size)
+        network = self._converted(network, has_weights=bool(self.starts_from))
         if weights and not self.starts_from:  # they are of the converted network
             self.starts_from = load_weights(network, weights)
+        return network
+
+    def _converted(self, network: torch.nn.Module, has_weights: bool) -> torch.nn.Module:
+        """A network with the DGC layers of the recipe; the gate factors are chosen first if that is left to do."""
+        self._keep_teacher(network)
+        settings = self.recipe.model.convert
+        if settings and settings.has_to_choose and not self._gets_weights:
+            if has_weights:
+                self.choice = choose_gate_factors(network, self.recipe, self.classes, self.device, self._notify)
+                self.recipe = self.recipe.with_gate_factor(self.choice.gate_factor)
+            elif settings.target_ms:
+                raise RecipeError("model.convert.target_ms: it is for trained networks; set model.weights, or target")
+        network = convert_model(network, self.recipe.model, self.input_size)
+        self.cost = checked_cost(network, len(self.classes), self.input_size)
         return network
 
     def _keep_teacher(self, network: torch.nn.Module) -> None:
