@@ -306,6 +306,13 @@ class Recipe(Section):
             return self
         return self.with_gate_factor(other.gate_factor)
 
+    def without_choice(self) -> "Recipe":
+        """This recipe as it was before gate factors were chosen for its target; the same if none were."""
+        settings = self.model.convert
+        if settings is None or settings.has_to_choose or not (settings.target or settings.target_ms):
+            return self
+        return self.with_gate_factor(type(settings)().gate_factor)
+
     def with_gate_factor(self, gate_factor: float | dict[str, float]) -> "Recipe":
         """This recipe, with another `model.convert.gate_factor`."""
         assert self.model.convert

@@ -233,6 +233,10 @@ def test_values_that_are_sections_have_a_text():
     model = recipe.model.model_copy(update={"convert": Convert(gate_factor=0.5)})
     run = StoredRun(Path("run"), recipe=recipe.model_copy(update={"model": model}))
     assert '"gate_factor": 0.5' in recipe_value(run, "model.convert")
+    chosen = model.model_copy(update={"convert": Convert(target=0.5, gate_factor={"a": 0.5})})
+    other = model.model_copy(update={"convert": Convert(target=0.5, gate_factor={"a": 0.25})})
+    runs = [StoredRun(Path("run"), recipe=recipe.model_copy(update={"model": one})) for one in (chosen, other)]
+    assert common_differences(runs) == [] and '"a"' not in recipe_value(runs[0], "model.convert")
 
 
 def test_a_sweep_over_seeds_alone_is_labeled_by_its_recipe(tmp_path):

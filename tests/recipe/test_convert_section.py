@@ -53,3 +53,10 @@ def test_what_was_chosen_for_a_target_is_taken_for_this_target_only():
         assert one.with_choice_of(begun) == one
     for one in (None, recipe(), recipe("model.convert.target=0.5"), recipe("model.convert=null")):
         assert recipe("model.convert.target=0.5").with_choice_of(one) == recipe("model.convert.target=0.5")
+
+
+def test_a_recipe_without_its_choice_is_that_before():
+    planned = recipe("model.convert.target=0.5")
+    assert planned.with_gate_factor(CHOSEN).without_choice() == planned == planned.without_choice()
+    for one in (recipe(), recipe(f"model.convert.gate_factor={CHOSEN}"), recipe("model.convert=null")):
+        assert one.without_choice() == one

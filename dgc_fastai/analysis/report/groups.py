@@ -20,8 +20,8 @@ MAX_LABEL = 48
 
 
 def common_differences(runs: Sequence[StoredRun]) -> list[str]:
-    """The recipe keys, without the seed, in which some of the runs differ."""
-    recipes = [run.recipe for run in runs if run.recipe]
+    """The recipe keys, without the seed, in which some of the runs differ; not in what was chosen for one target."""
+    recipes = [run.recipe.without_choice() for run in runs if run.recipe]
     keys = {key for recipe in recipes for key in differences(recipes[0], recipe, ignore=IGNORED)}
     return sorted(keys - {SEED})
 
@@ -55,7 +55,7 @@ def label_runs(runs: Sequence[StoredRun], keys: Sequence[str]) -> list[str]:
 
 def recipe_value(run: StoredRun, key: str) -> str:
     """The value of a recipe's key as text; "-" if there is none."""
-    value: Any = run.recipe
+    value: Any = run.recipe and run.recipe.without_choice()
     for part in key.split("."):
         value = getattr(value, part, None)
     if isinstance(value, BaseModel):
