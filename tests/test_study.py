@@ -67,12 +67,14 @@ def test_input_free_gates_are_those_of_every_image_and_learn(study, layer):
     assert layer.gates.bias.grad.abs().sum() > 0
 
 
-def test_blocks_are_kept_or_dropped_as_a_whole(study, layer):
-    layer.gates = study.StudiedGates(layer, block=4)
-    layer.gates.excite.data.zero_()
-    gates, _ = kept(layer, torch.randn(6, 32, 5, 5))
-    blocks = (gates > 0).unflatten(2, (8, 4))
-    assert (blocks.all(-1) == blocks.any(-1)).all() and (blocks.all(-1).sum(-1) == 2).all()
+def test_blocks_close_by_the_schedule_of_blocks(study):
+    variant = study.VARIANTS["blocks_of_8"]
+    model = study.build(variant, 5)
+    study.set_gates(model, variant, 1)
+    assert {layer.granularity for layer in dgc_layers(model)} == {8}
+    for layer in dgc_layers(model):
+        blocks = layer.in_channels // 8
+        assert int(layer.inactive_channels) == 8 * min(round(0.75 * blocks), blocks - 1)
 
 
 @pytest.fixture(scope="module")

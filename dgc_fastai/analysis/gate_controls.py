@@ -63,7 +63,7 @@ def _roll(layer: DynamicGroupConv2d, gates: nn.Module, inputs: Any, output: Tens
 
 
 def _mean(layer: DynamicGroupConv2d, gates: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    return drop_smallest(output, layer.inactive_channels).mean(0, keepdim=True).expand_as(output)
+    return drop_smallest(output, layer.inactive_channels, layer.granularity).mean(0, keepdim=True).expand_as(output)
 
 
 def _input_free(layer: DynamicGroupConv2d, gates: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -114,7 +114,9 @@ class DeployedConv2d(_Deployed):
 
     def extra_repr(self) -> str:
         outputs, channels, *taps = self.weight.shape
-        folded = ", bias=True" * (self.bias is not None) + ", relu=True" * self.relu
+        size = self.packed.granularity
+        folded = f", granularity={size}" * (size > 1) + ", bias=True" * (self.bias is not None)
+        folded += ", relu=True" * self.relu
         kernel = "x".join(map(str, taps))
         return (
             f"{channels}, {outputs}, kernel_size={kernel}, stride={self.stride[0]}, heads={len(self.squeeze)}{folded}"

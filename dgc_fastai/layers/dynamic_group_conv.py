@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.modules.utils import _pair
 
 from ..ops import folded_norm, fused_layer
-from ..ops.gates import drop_smallest, head_gates, pool
+from ..ops.gates import drop_smallest, head_gates, pool, spread_blocks
 from ..ops.operator import gated_conv2d
 from ..ops.reference import apply_norm
 from ..ops.selection import fuses_norm
 
-__all__ = ["DynamicGroupConv2d", "squeezed_channels"]
+__all__ = ["DynamicGroupConv2d", "fitting_granularity", "squeezed_channels"]
 
 # The distance of two neighboring gates that start at one: two units in the last place of float32. Equal gates would be
 # dropped together, as ties are. These are dropped in the order of magnitude pruning until they are trained.
@@ -31,17 +31,31 @@ def squeezed_channels(channels: int, squeeze_rate: int) -> int:
     return channels // rate if rate > 0 else 0
 
 
-class HeadGates(nn.Module):
-    """The gates of all heads from the pooled features; see `ops.gates.head_gates`."""
+def fitting_granularity(channels: int, granularity: int) -> int:
+    """The largest power of two that divides the channels and is at most `granularity`: what a network gives each of its
+    layers.
 
-    def __init__(self, channels: int, heads: int, squeeze_rate: int):
+    Raises:
+        ValueError: granularity is no power of two.
+    """
+    if granularity < 1 or granularity & (granularity - 1):
+        raise ValueError(f"granularity={granularity} is not a power of two")
+    return min(granularity, channels & -channels)
+
+
+class HeadGates(nn.Module):
+    """The gates of all heads from the pooled features, one for each block of `granularity` neighboring channels; see
+    `ops.gates.head_gates`."""
+
+    def __init__(self, channels: int, heads: int, squeeze_rate: int, granularity: int = 1):
         super().__init__()
         squeezed = squeezed_channels(channels, squeeze_rate)
         if squeezed < 1:
             raise ValueError(f"squeeze_rate={squeeze_rate} leaves no hidden unit for {channels} input channels")
+        blocks = channels // granularity
         self.squeeze = nn.Parameter(torch.empty(heads, squeezed, channels))
-        self.excite = nn.Parameter(torch.empty(heads, channels, squeezed))
-        self.bias = nn.Parameter(torch.empty(heads, channels))
+        self.excite = nn.Parameter(torch.empty(heads, blocks, squeezed))
+        self.bias = nn.Parameter(torch.empty(heads, blocks))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -50,7 +64,7 @@ class HeadGates(nn.Module):
         nn.init.ones_(self.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """[B, C] -> [B, heads, C], in float32 whatever the input."""
+        """[B, C] -> [B, heads, C / granularity], in float32 whatever the input."""
         return head_gates(pooled, self.squeeze, self.excite, self.bias)
 
 
@@ -97,6 +111,8 @@ class DynamicGroupConv2d(nn.Module):
         heads: number of heads H; divides out_channels.
         squeeze_rate: reduction in the gates' hidden layer; halved for fewer than 80 input channels.
         gate_factor: share of input channels each head keeps at the end of training, in (0, 1].
+        granularity: how many neighboring input channels, a block, share one gate and are kept or dropped together;
+            divides in_channels. 1 in the paper; 8, 16 or 32 fill vectors. Each head keeps at least one block.
         preact: apply batch norm and ReLU to the input first, as the paper does.
         zero_init_gates: start as the convolution that the layer replaces: the gates are one for every image, and the
             filters are drawn with the fan-out of the whole layer. Otherwise the gates start at random, as published.
@@ -104,12 +120,13 @@ class DynamicGroupConv2d(nn.Module):
             comes out of them; not under torch.compile, which decides that by itself.
 
     Raises:
-        ValueError: heads does not divide out_channels, squeeze_rate leaves no hidden unit, or gate_factor
-            is outside (0, 1].
+        ValueError: heads does not divide out_channels, granularity does not divide in_channels, squeeze_rate leaves no
+            hidden unit, or gate_factor is outside (0, 1].
     """
 
     penalty: Tensor | None
     inactive_channels: Tensor
+    granularity: int = 1  # of layers that were pickled before there were blocks
     gate_observer: Any = None  # called with the kept gates [B, heads, C] of every forward pass
 
     def __init__(
@@ -127,10 +144,15 @@ class DynamicGroupConv2d(nn.Module):
         preact: bool = True,
         memory_efficient: bool = False,
         zero_init_gates: bool = False,
+        granularity: int = 1,
     ):
         super().__init__()
         if heads < 1 or out_channels % heads:
             raise ValueError(f"heads={heads} does not divide the {out_channels} output channels of a DGC layer")
+        if granularity < 1 or in_channels % granularity:
+            raise ValueError(
+                f"granularity={granularity} does not divide the {in_channels} input channels of a DGC layer"
+            )
         if not 0 < gate_factor <= 1:
             raise ValueError(f"gate_factor={gate_factor} is not in (0, 1]")
         self.in_channels = in_channels
@@ -142,12 +164,13 @@ class DynamicGroupConv2d(nn.Module):
         self.heads = heads
         self.squeeze_rate = squeeze_rate
         self.gate_factor = gate_factor
+        self.granularity = granularity
         self.preact = preact
         self.memory_efficient = memory_efficient
         self.zero_init_gates = zero_init_gates
 
         self.norm = nn.BatchNorm2d(in_channels) if preact else nn.Identity()
-        self.gates = HeadGates(in_channels, heads, squeeze_rate)
+        self.gates = HeadGates(in_channels, heads, squeeze_rate, granularity)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *self.kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         # An integer, so that `.half()` cannot round it.
@@ -176,9 +199,11 @@ class DynamicGroupConv2d(nn.Module):
         """
         self.gates.excite.zero_()
         filters = self.weight.float().unflatten(0, (-1, self.heads)).flatten(3)  # [O / heads, heads, C, kh * kw]
-        order = filters.square().sum((0, 3)).argsort(-1).argsort(-1)  # [heads, C], 0 for the smallest
-        gates = 1 + GATE_STEP * (order - (self.in_channels - 1) / 2)
+        sizes = filters.square().sum((0, 3)).unflatten(1, (-1, self.granularity)).sum(2)
+        order = sizes.argsort(-1).argsort(-1)  # [heads, blocks], 0 for the smallest
+        gates = 1 + GATE_STEP * (order - (order.shape[1] - 1) / 2)
         self.gates.bias.copy_(gates)
+        gates = spread_blocks(gates, self.in_channels)
         self.weight.copy_((filters / gates.unsqueeze(-1)).reshape_as(self.weight))  # gate x filter is what it was
 
     @classmethod
@@ -206,10 +231,10 @@ class DynamicGroupConv2d(nn.Module):
         gates = self.gates(pool(x))
         if self.training:
             self.penalty = gates.mean((0, 2)).sum()
-        gates = drop_smallest(gates, self.inactive_channels)
+        gates = drop_smallest(gates, self.inactive_channels, self.granularity)
         if not torch.jit.is_scripting():
             if self.gate_observer is not None:
-                self.gate_observer(gates)
+                self.gate_observer(spread_blocks(gates, self.in_channels))
         return gated_conv2d(x, gates, self.weight, None, None, self.stride, self.padding, self.dilation)
 
     def _add_bias(self, y: Tensor) -> Tensor:
@@ -221,7 +246,10 @@ class DynamicGroupConv2d(nn.Module):
     def _fused(self, x: Tensor, norm: Any) -> Tensor:
         """All of the layer by the kernels of a GPU; without a norm, x is normalized."""
         gates, geometry = self.gates, fused_layer.Geometry(self.stride, self.padding, self.dilation)
-        weights = self.weight, gates.squeeze, gates.excite, gates.bias
+        # The kernels compute a gate for each channel; those of a block are equal to the last bit, so that they are kept
+        # or dropped together.
+        excite, bias = (spread_blocks(part, self.in_channels, 1) for part in (gates.excite, gates.bias))
+        weights = self.weight, gates.squeeze, excite, bias
         y, penalty, kept = fused_layer.fused_layer(x, *weights, self.inactive_channels, norm, geometry)
         if self.training:
             self.penalty = penalty
@@ -287,6 +315,7 @@ class DynamicGroupConv2d(nn.Module):
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={kernel}, stride={stride}, "
             f"heads={self.heads}, squeeze_rate={self.squeeze_rate}, gate_factor={self.gate_factor}"
+            + (f", granularity={self.granularity}" if self.granularity > 1 else "")
             + (", bias=True" if self.bias is not None else "")
             + ("" if self.preact else ", preact=False")
         )

@@ -15,12 +15,15 @@ from .dynamic_group_conv import DynamicGroupConv2d
 __all__ = ["dgc_layers", "gate_penalty", "num_inactive", "set_progress"]
 
 
-def num_inactive(channels: int, gate_factor: float, progress: float) -> int:
+def num_inactive(channels: int, gate_factor: float, progress: float, granularity: int = 1) -> int:
     """Number of input channels that each head drops at `progress` in [0, 1].
 
     None for the first twelfth of training, then linearly more, and all `channels * (1 - gate_factor)` from three
-    quarters on.
+    quarters on. In blocks of `granularity` channels, whole blocks are counted, and one is always kept.
     """
+    if granularity > 1:
+        blocks = channels // granularity
+        return granularity * min(num_inactive(blocks, gate_factor, progress), blocks - 1)
     # The order of the factors matters: another one rounds differently at exact halves.
     if progress <= 1 / 12:
         return 0
@@ -47,7 +50,8 @@ def set_progress(model: nn.Module, progress: float) -> None:
     if not 0 <= progress <= 1:
         raise ValueError(f"progress={progress} is not in [0, 1]")
     for layer in dgc_layers(model):
-        _write(layer.inactive_channels, num_inactive(layer.in_channels, layer.gate_factor, progress))
+        inactive = num_inactive(layer.in_channels, layer.gate_factor, progress, layer.granularity)
+        _write(layer.inactive_channels, inactive)
 
 
 _written: MutableMapping[Tensor, tuple[int, int]] = WeakTensorKeyDictionary()

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..layers.dynamic_group_conv import DynamicGroupConv2d
+from ..layers.dynamic_group_conv import DynamicGroupConv2d, fitting_granularity
 from ..layers.group_conv import StaticGroupConv2d
 
 __all__ = ["Connection", "GatedModel", "connect"]
@@ -23,13 +23,15 @@ def connect(conv: nn.Conv2d, connection: Connection, preact: bool = True, **gati
     Args:
         conv: an ordinary convolution; its weights are used for "dense" only.
         connection: one of the three.
-        preact, gating: keywords of `DynamicGroupConv2d`. "sgc" reads `heads`, "dense" none.
+        preact, gating: keywords of `DynamicGroupConv2d`, `granularity` as `fitting_granularity` makes it fit. "sgc"
+            reads `heads`, "dense" none.
 
     Raises:
-        ValueError: heads does not divide the channels, or the connection is unknown.
+        ValueError: heads does not divide the channels, granularity is no power of two, or the connection is unknown.
     """
     if connection == "dgc":
-        return DynamicGroupConv2d.like(conv, preact=preact, **gating)
+        granularity = fitting_granularity(conv.in_channels, gating.pop("granularity", 1))
+        return DynamicGroupConv2d.like(conv, preact=preact, granularity=granularity, **gating)
     if connection == "sgc":
         return StaticGroupConv2d(conv, gating["heads"])
     if connection == "dense":

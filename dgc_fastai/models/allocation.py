@@ -65,10 +65,12 @@ def mac_options(network: nn.Module, cost: Budget) -> list[Options]:
     found: dict[str, np.ndarray] = {}
     for counted in cost.layers:
         if layer := layers.get(counted.name):
-            channels = layer.in_channels
+            channels, size = layer.in_channels, layer.granularity
             by_channel = counted.macs_dense // channels
-            gates = counted.macs - by_channel * (channels - num_inactive(channels, layer.gate_factor, 1))
-            costs = np.arange(channels + 1) * by_channel + gates
+            gates = counted.macs - by_channel * (channels - num_inactive(channels, layer.gate_factor, 1, size))
+            factors = np.arange(channels + 1) / channels
+            kept = np.array([channels - num_inactive(channels, factor, 1, size) for factor in factors])  # whole blocks
+            costs = kept * by_channel + gates
             costs[-1] -= gates
             found[counted.name] = costs + found.get(counted.name, 0)  # a layer that is called twice is counted twice
     return [Options(name, costs, np.zeros(len(costs))) for name, costs in found.items()]

@@ -208,5 +208,7 @@ def check_fit(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> N
     for prefix, module in model.named_modules():
         if isinstance(module, DynamicGroupConv2d):
             name = f"{prefix}.inactive_channels".lstrip(".")
-            if not 0 <= int(state[name]) < module.in_channels:
-                raise CheckpointError(f"{path}: {name} is {int(state[name])}, of {module.in_channels} channels")
+            inactive, size = int(state[name]), module.granularity
+            if not 0 <= inactive < module.in_channels or inactive % size:
+                blocks = f" in blocks of {size}" if size > 1 else ""
+                raise CheckpointError(f"{path}: {name} is {inactive}, of {module.in_channels} channels{blocks}")

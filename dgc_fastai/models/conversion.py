@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 
 import torch.nn as nn
 
-from ..layers.dynamic_group_conv import DynamicGroupConv2d, squeezed_channels
+from ..layers.dynamic_group_conv import DynamicGroupConv2d, fitting_granularity, squeezed_channels
 from ..utils.text import did_you_mean
 from .cost import budget
 
@@ -22,6 +22,7 @@ def convert(
     skip: str | Sequence[str] = (),
     squeeze_rate: int = 16,
     input_size: Sequence[int] | None = None,
+    granularity: int = 1,
 ) -> nn.Module:
     """Replace the convolutions of a CNN by DGC layers that keep their weights.
 
@@ -43,14 +44,15 @@ def convert(
         skip: names of modules that are not replaced, with wildcards: `"layer1.*"`.
         input_size: (channels, height, width) of its images in pixels; by default that of timm's `default_cfg`, or
             224 px.
+        granularity: likewise, a power of two; if it does not divide a layer's channels, the largest one that does.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: there is no convolution to replace, heads is less than 1 or squeeze_rate less than 2, gate_factor
-            is outside (0, 1], or misses a convolution or names none, or the network cannot take images of that size.
-            The model is then unchanged.
+            is outside (0, 1], or misses a convolution or names none, granularity is no power of two, or the network
+            cannot take images of that size. The model is then unchanged.
     """
     patterns = [skip] if isinstance(skip, str) else list(skip)
     convolutions = [one for one in model.named_modules(remove_duplicate=False) if isinstance(one[1], nn.Conv2d)]
@@ -62,7 +64,8 @@ def convert(
         is_skipped = any(fnmatch(name, pattern) for pattern in patterns)
         reason = "skipped" if is_skipped else _reason_against(module, shapes.get(module), heads, squeeze_rate)
         if not reason and module not in layers:  # a convolution that two parents share stays shared
-            layers[module] = _gated(module, heads, _factor_of(name, gate_factor), squeeze_rate)
+            factor = _factor_of(name, gate_factor)
+            layers[module] = _gated(module, heads, factor, squeeze_rate, granularity)
         if layer := None if reason else layers[module]:
             replaced.append((name, layer))
         else:
@@ -127,11 +130,15 @@ def _reason_against(conv: nn.Conv2d, output: tuple[int, ...] | None, heads: int,
     return None
 
 
-def _gated(conv: nn.Conv2d, heads: int, gate_factor: float | None, squeeze_rate: int) -> DynamicGroupConv2d | None:
+def _gated(
+    conv: nn.Conv2d, heads: int, gate_factor: float | None, squeeze_rate: int, granularity: int
+) -> DynamicGroupConv2d | None:
     """A DGC layer that computes what a convolution does, with its very parameters; None without a gate factor."""
+    granularity = fitting_granularity(conv.in_channels, granularity)
     if gate_factor is None:
         return None
-    layer = DynamicGroupConv2d.like(conv, heads=heads, gate_factor=gate_factor, squeeze_rate=squeeze_rate, preact=False)
+    gating = dict(heads=heads, gate_factor=gate_factor, squeeze_rate=squeeze_rate, granularity=granularity)
+    layer = DynamicGroupConv2d.like(conv, **gating, preact=False)
     layer.weight, layer.bias = conv.weight, conv.bias  # type: ignore[assignment]  # nn.Parameters
     layer.open_gates()
     return layer.train(conv.training)

@@ -121,14 +121,15 @@ class _Counter:
         channels = module.in_channels
         gates = module.gates.squeeze.numel() + module.gates.excite.numel()
         per_channel = output[0].numel() * module.kernel_size[0] * module.kernel_size[1]
-        target = channels - num_inactive(channels, module.gate_factor, 1)
+        target = channels - num_inactive(channels, module.gate_factor, 1, module.granularity)
         now = channels - self.inactive[name]
         macs_target, macs_now = (kept * per_channel + gates for kept in (target, now))
         self._add(name, module, output, macs_target, macs_now, channels * per_channel)
         # Pooling and the layer's own ReLU, if any, read the whole input. Each head has two ReLUs, a bias and a product
-        # with the gates.
-        hidden = module.gates.squeeze.shape[1]
-        self.operations += (2 if module.preact else 1) * x[0].numel() + module.heads * (hidden + 3 * channels) + gates
+        # of the channels with the gates.
+        hidden, blocks = module.gates.squeeze.shape[1], channels // module.granularity
+        per_head = hidden + 2 * blocks + channels
+        self.operations += (2 if module.preact else 1) * x[0].numel() + module.heads * per_head + gates
         self.operations += channels * per_channel * module.gate_factor
 
     def conv(self, name: str, module: nn.Conv2d, x: Tensor, output: Tensor) -> None:

@@ -17,7 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.dynamic_group_conv import DynamicGroupConv2d
+from ..layers.dynamic_group_conv import DynamicGroupConv2d, fitting_granularity
 from ..layers.group_conv import GroupConv2d
 from ._blocks import Connection, GatedModel, connect
 from ._registration import imagenet_cfg, register_network, with_baselines
@@ -136,6 +136,8 @@ class DGCDenseNet(GatedModel):
         bottleneck: the 1x1 convolution has bottleneck x growth outputs.
         group_3x3: groups of the 3x3 convolution.
         heads, squeeze_rate, gate_factor, zero_init_gates: of every DGC layer, see `DynamicGroupConv2d`.
+        granularity: likewise, a power of two; where it does not divide a layer's input channels, the largest one that
+            does.
         stem_stride: 1 for CIFAR's 32 px images, 2 for ImageNet.
         connection: "dgc", or "dense" for ordinary 1x1 convolutions, where `heads`, `squeeze_rate` and
             `gate_factor` have no effect, or "sgc" for 1x1 group convolutions with as many groups as `heads`.
@@ -144,7 +146,8 @@ class DGCDenseNet(GatedModel):
         num_classes, in_chans, global_pool, drop_rate: as in every timm model.
 
     Raises:
-        ValueError: stages and growth differ in length, or heads or group_3x3 does not divide the channels of a layer.
+        ValueError: stages and growth differ in length, heads or group_3x3 does not divide the channels of a layer, or
+            granularity is no power of two.
     """
 
     @staticmethod
@@ -165,6 +168,7 @@ class DGCDenseNet(GatedModel):
         connection: Connection = "dgc",
         memory_efficient: bool = False,
         zero_init_gates: bool = False,
+        granularity: int = 1,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -172,16 +176,15 @@ class DGCDenseNet(GatedModel):
     ):
         super().__init__()
         _check(stages, growth, group_3x3)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-
+        self.num_classes, self.in_chans = num_classes, in_chans
         gating: dict[str, Any] = dict(
             heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates
         )
 
         def conv1x1(in_channels: int, out_channels: int) -> nn.Module:
             if connection == "dgc":  # which has a norm and a ReLU of its own
-                return DynamicGroupConv2d(in_channels, out_channels, kernel_size=1, **gating)
+                size = fitting_granularity(in_channels, granularity)
+                return DynamicGroupConv2d(in_channels, out_channels, kernel_size=1, granularity=size, **gating)
             block = NormReluConv(in_channels, out_channels, kernel_size=1)
             block.conv = connect(cast(nn.Conv2d, block.conv), connection, **gating)
             return block

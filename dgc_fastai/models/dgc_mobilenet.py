@@ -34,12 +34,14 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
 
     Args:
         heads, squeeze_rate, gate_factor, zero_init_gates: of every DGC layer, see `DynamicGroupConv2d`.
+        granularity: likewise, a power of two; where it does not divide a layer's input channels, the largest one that
+            does.
         connection: "dgc", or "dense" for the ordinary MobileNetV2, where the arguments above have no effect, or
             "sgc" for ordinary group convolutions with as many groups as `heads`.
         kwargs: of `timm.models.efficientnet.EfficientNet`.
 
     Raises:
-        ValueError: heads does not divide the channels.
+        ValueError: heads does not divide the channels, or granularity is no power of two.
     """
 
     @staticmethod
@@ -53,10 +55,17 @@ class DGCMobileNetV2(GatedModel, EfficientNet):
         gate_factor: float = 0.25,
         connection: Connection = "dgc",
         zero_init_gates: bool = False,
+        granularity: int = 1,
         **kwargs,
     ):
         super().__init__(decode_arch_def(_STAGES), **{"act_layer": nn.ReLU6, **kwargs})
-        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates)
+        gating = dict(
+            heads=heads,
+            squeeze_rate=squeeze_rate,
+            gate_factor=gate_factor,
+            zero_init_gates=zero_init_gates,
+            granularity=granularity,
+        )
         self.connect_convolutions(lambda name, conv: conv.kernel_size == (1, 1), connection, preact=False, **gating)
         if connection == "dgc":
             self.init_norm_stats()

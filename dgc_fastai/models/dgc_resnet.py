@@ -19,6 +19,8 @@ class DGCResNet(GatedModel, ResNet):
 
     Args:
         heads, squeeze_rate, gate_factor, zero_init_gates: of every DGC layer, see `DynamicGroupConv2d`.
+        granularity: likewise, a power of two; where it does not divide a layer's input channels, the largest one that
+            does.
         preact: give each DGC layer its own batch norm and ReLU, as the authors do, in addition to those of a ResNet.
         connection: "dgc", or "dense" for the ordinary ResNet, where the arguments above have no effect, or
             "sgc" for ordinary group convolutions with as many groups as `heads`.
@@ -27,7 +29,7 @@ class DGCResNet(GatedModel, ResNet):
         kwargs: of `timm.models.resnet.ResNet`.
 
     Raises:
-        ValueError: heads does not divide the channels.
+        ValueError: heads does not divide the channels, or granularity is no power of two.
     """
 
     def __init__(
@@ -40,11 +42,18 @@ class DGCResNet(GatedModel, ResNet):
         memory_efficient: bool = True,
         preact: bool = True,
         zero_init_gates: bool = False,
+        granularity: int = 1,
         **kwargs,
     ):
         # The authors' network, like torchvision's, does not start residual branches at zero.
         super().__init__(*args, zero_init_last=False, **kwargs)  # type: ignore[misc]
-        gating = dict(heads=heads, squeeze_rate=squeeze_rate, gate_factor=gate_factor, zero_init_gates=zero_init_gates)
+        gating = dict(
+            heads=heads,
+            squeeze_rate=squeeze_rate,
+            gate_factor=gate_factor,
+            zero_init_gates=zero_init_gates,
+            granularity=granularity,
+        )
         self.connect_convolutions(lambda name, conv: name.startswith("layer"), connection, preact, **gating)
         if connection == "dgc":
             for layer in dgc_layers(self):

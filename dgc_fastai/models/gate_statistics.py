@@ -25,12 +25,14 @@ class LayerGates:
     Attributes:
         name: of the layer in its network.
         inactive: channels that each head drops.
+        granularity: how many neighboring channels are kept or dropped together.
         counts: of images, by class, head and channel.
         measures: arrays [heads] by name, see `gate_measures`; NaN where not defined.
     """
 
     name: str
     inactive: int
+    granularity: int
     counts: LayerCounts
     measures: dict[str, np.ndarray]
 
@@ -56,6 +58,7 @@ class LayerGates:
             "channels": kept.shape[2],
             "heads": kept.shape[1],
             "inactive": self.inactive,
+            "granularity": self.granularity,
             **{name: _number(self.mean(name)) for name in PER_HEAD},
             "never_kept": np.flatnonzero(never.all(0)).tolist(),
             "always_kept": np.flatnonzero(always.all(0)).tolist(),
@@ -155,7 +158,7 @@ def statistics_of(
     for (name, layer), counted in zip(named_dgc_layers(model).items(), counts.by_layer()):
         inactive = int(layer.inactive_channels)
         measures = measure_layer(counted, layer.in_channels - inactive)
-        found.append(LayerGates(name, inactive, counted, measures))
+        found.append(LayerGates(name, inactive, layer.granularity, counted, measures))
     total, known = int(found[0].counts.images.sum()), counts.classes
     if known is None:
         return GateStatistics(total, None, None, found)

@@ -42,7 +42,7 @@ def gated_layer_definition(x: Tensor, layer: PackedLayer) -> Tensor:
     if layer.scale is not None and layer.shift is not None:
         x = apply_norm(x, layer.scale, layer.shift)
     squeeze, excite, gate_bias, inactive = layer.gates
-    gates = drop_smallest(head_gates(pool(x), squeeze, excite, gate_bias), inactive)
+    gates = drop_smallest(head_gates(pool(x), squeeze, excite, gate_bias), inactive, layer.granularity)
     weight = layer.weight.to(x.dtype)
     y = gated_conv2d(x, gates, weight, None, None, layer.stride, layer.padding, layer.dilation)
     if layer.bias is not None:

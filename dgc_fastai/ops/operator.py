@@ -12,6 +12,7 @@ from .backends import exported, per_sample
 from .backends.base import Gradients, Norm
 from .conv_desc import Pair, conv_desc
 from .dispatch import LIBRARY
+from .gates import spread_blocks
 from .precision import products_like_convolutions
 from .selection import select_backend, uses_reference
 
@@ -30,9 +31,11 @@ def gated_conv2d(
 ) -> Tensor:
     """Convolve each sample with its input channels scaled by each head's gates; see `reference.gated_conv2d`.
 
+    Backends are given a gate for each channel: those of blocks are spread over their channels here.
     Autograd keeps the arguments and nothing else. Under autocast x and weight are cast, the gates are not. Only the
     reference has second derivatives.
     """
+    gates = spread_blocks(gates, weight.shape[1])
     if not torch.jit.is_scripting():
         if uses_reference():
             return reference.gated_conv2d(x, gates, weight, scale, shift, stride, padding, dilation)

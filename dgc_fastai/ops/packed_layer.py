@@ -20,9 +20,9 @@ class GateWeights(NamedTuple):
     squeeze: Tensor
     """[heads, hidden, C]"""
     excite: Tensor
-    """[heads, C, hidden]"""
+    """[heads, G, hidden]; G = C, or fewer where blocks of C / G neighboring channels share a gate."""
     bias: Tensor
-    """[heads, C]"""
+    """[heads, G]"""
     inactive: Tensor
     """How many channels each head drops: an integer tensor of no dimensions."""
 
@@ -71,12 +71,14 @@ class PackedLayer:
         self.dilation: Pair = (dilation[0], dilation[1])
         self.scale, self.shift, self.gates = scale, shift, gates
         self.weight_shape, self.grouped = weight.shape, gates is None
+        self.granularity = 1 if gates is None else weight.shape[1] // gates.bias.shape[1]
+        """How many neighboring channels share a gate."""
         self.kept: int | None = None
-        """How many channels a head keeps, for exports, which cannot read a tensor. Not known if made `from_flat`."""
+        """How many gates a head keeps, for exports, which cannot read a tensor. Not known if made `from_flat`."""
         if packed is None:
             packed = self._pack()
             if gates is not None:
-                self.kept = weight.shape[1] - int(gates.inactive)
+                self.kept = gates.bias.shape[1] - int(gates.inactive) // self.granularity
         self.packed = packed
         self.is_packed = packed.weight.numel() > 0
         self._struct: structures.PackedLayer | None = None
@@ -188,7 +190,7 @@ class PackedLayer:
         if self.gates is not None:
             struct.squeeze, struct.hidden = address(self.gates.squeeze), self.gates.squeeze.shape[1]
             struct.excite, struct.gate_bias = address(self.packed.excite), address(self.gates.bias)
-            struct.inactive = self.gates.inactive.data_ptr()
+            struct.inactive, struct.granularity = self.gates.inactive.data_ptr(), self.granularity
         return struct
 
 

@@ -6,6 +6,8 @@ It makes a scaled copy of the input for each head, and autograd keeps them all: 
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gates import spread_blocks
+
 
 def gated_conv2d(
     x: Tensor,
@@ -25,18 +27,22 @@ def gated_conv2d(
 
     Args:
         x: input [B, C, H, W].
-        gates: [B, heads, C], not negative; those of dropped channels are zero.
+        gates: [B, heads, G], not negative; those of dropped channels are zero. G = C, or fewer where blocks of C / G
+            neighboring channels share a gate.
         weight: filters [O, C, kh, kw], with O divisible by heads.
         scale, shift: [C] each; with them the input is `relu(x * scale + shift)`, a folded batch norm and its ReLU.
         stride, padding, dilation: as in `torch.nn.functional.conv2d`.
 
     Returns:
         [B, O, H', W'].
+
+    Raises:
+        ValueError: the gates are neither one for each channel, nor one for each block.
     """
     heads = gates.shape[1]
     if scale is not None and shift is not None:
         x = apply_norm(x, scale, shift)
-    gates = gates.masked_fill(gates == 0, 0).to(x.dtype)
+    gates = spread_blocks(gates.masked_fill(gates == 0, 0), x.shape[1]).to(x.dtype)
     copies = (x.unsqueeze(1) * gates.unsqueeze(-1).unsqueeze(-1)).flatten(1, 2)
     filters = weight.unflatten(0, (-1, heads)).transpose(0, 1).flatten(0, 1)  # a head's filters side by side
     y = F.conv2d(copies, filters, None, stride, padding, dilation, groups=heads)

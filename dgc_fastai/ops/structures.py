@@ -34,6 +34,7 @@ class PackedLayer(ctypes.Structure):
         ("gate_bias", c_void_p),
         ("inactive", c_void_p),
         ("hidden", c_int64),
+        ("granularity", c_int64),
         ("relu", c_int64),
     ]
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .section import Section, Width
+from .section import Granularity, Section, Width
 
 __all__ = ["Convert"]
 
@@ -32,6 +32,7 @@ class Convert(Section):
     target_ms: Annotated[float, Field(gt=0, le=1e6)] | None = None
     squeeze_rate: Annotated[int, Field(ge=2, le=4096)] = 16
     skip: list[Annotated[str, Field(min_length=1)]] = []
+    granularity: Granularity = 1
 
     @model_validator(mode="after")
     def _one_target(self) -> "Convert":

@@ -9,13 +9,13 @@ from pydantic import AfterValidator, Field, model_validator
 
 from ..utils.text import did_you_mean
 from .conversion import Convert
-from .section import Count, Section, Share, Strength, Width
+from .section import Count, Granularity, Section, Share, Strength, Width
 from .yaml_text import Dumper
 
 __all__ = ["Recipe"]
 
 
-GATES = {"heads", "squeeze_rate", "gate_factor", "zero_init_gates"}
+GATES = {"heads", "squeeze_rate", "gate_factor", "zero_init_gates", "granularity"}
 DENSENET = GATES | {"stages", "growth", "bottleneck", "group_3x3", "stem_stride", "memory_efficient"}
 # Every network by name, with the keywords it takes.
 ARCHITECTURES = {
@@ -95,6 +95,7 @@ class Model(Section):
     stem_stride: Annotated[int, Field(ge=1, le=8)] | None = None
     memory_efficient: bool | None = None
     zero_init_gates: bool | None = None
+    granularity: Granularity | None = None
     preact: bool | None = None
     drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weights: Annotated[str, Field(min_length=1), AfterValidator(_known_source)] | None = None

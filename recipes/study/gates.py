@@ -127,7 +127,7 @@ VARIANTS = {
     "activation": Variant("select by filter norm x own feature", gates={"scores": "activation"}),
     "noise": Variant("noise on what is selected by, until closed", gates={"noise": 0.5}),
     "static_core": Variant("half of the kept channels fixed", gates={"core": 0.5}),
-    "blocks_of_8": Variant("eight neighboring channels selected together", gates={"block": 8}),
+    "blocks_of_8": Variant("eight neighboring channels share a gate", {"granularity": 8}),
     "gate_dropout": Variant("dropout of the gates' hidden units", gates={"dropout": 0.3}),
     "squeeze_4": Variant("squeeze rate 4", {"squeeze_rate": 4}),
     "squeeze_32": Variant("squeeze rate 32", {"squeeze_rate": 32}),
@@ -166,7 +166,6 @@ class StudiedGates(HeadGates):
         divide: bool = False,
         noise: float = 0.0,
         core: float = 0.0,
-        block: int = 1,
         dropout: float = 0.0,
         bounded: bool = False,
     ):
@@ -174,7 +173,7 @@ class StudiedGates(HeadGates):
         own = layer.gates
         self.squeeze, self.excite, self.bias = own.squeeze, own.excite, own.bias
         self.scores, self.input_free, self.divide = scores, input_free, divide
-        self.noise, self.core, self.block, self.dropout, self.bounded = noise, core, block, dropout, bounded
+        self.noise, self.core, self.dropout, self.bounded = noise, core, dropout, bounded
         self.norm = nn.BatchNorm1d(self.squeeze.shape[0] * self.squeeze.shape[1]) if norm else None
         self.random = torch.rand(self.bias.shape)
         self.layer = [layer]  # in a list: not a module of this one
@@ -193,8 +192,6 @@ class StudiedGates(HeadGates):
         if self.core:
             fixed = self.bias.detach().topk(round(kept * self.core)).indices
             scores = scores.scatter(2, fixed.expand(len(scores), -1, -1), math.inf)
-        if self.block > 1:
-            scores, kept = self.by_block(scores), kept // self.block * self.block or self.block
         mask = torch.zeros_like(gates).scatter(2, scores.topk(kept).indices, 1.0)
         return gates * mask
 
@@ -223,11 +220,6 @@ class StudiedGates(HeadGates):
             case "contribution":
                 return gates * pooled.unsqueeze(1) * filter_norms(self.layer[0])
         return gates
-
-    def by_block(self, scores: Tensor) -> Tensor:
-        """The mean score of each block of neighbors; channels left over at the end are a block."""
-        blocks = scores.split(self.block, dim=-1)
-        return torch.cat([one.mean(-1, keepdim=True).expand_as(one) for one in blocks], dim=-1)
 
 
 def filter_norms(layer: DynamicGroupConv2d) -> Tensor:
@@ -333,7 +325,8 @@ def set_gates(model: nn.Module, variant: Variant, progress: float) -> None:
     closed = 1 - (1 - closed) ** 3 if variant.cubic else closed
     for layer in dgc_layers(model):
         # The schedule's own rounding, at the progress at which it has closed as far.
-        layer.inactive_channels.fill_(num_inactive(layer.in_channels, layer.gate_factor, 1 / 12 + closed * 2 / 3))
+        inactive = num_inactive(layer.in_channels, layer.gate_factor, 1 / 12 + closed * 2 / 3, layer.granularity)
+        layer.inactive_channels.fill_(inactive)
         if isinstance(layer.gates, StudiedGates):
             layer.gates.opening = 1 - closed
 

@@ -149,6 +149,40 @@ def inference_agrees(count):
             assert_near(y.double(), expected, name, limit, rtol=0)
 
 
+def blocks_agree(count):
+    """Whole layers in which blocks of channels share a gate: those that keep no block, some and all, with a norm of
+    their own and without, larger and smaller than a tile."""
+    draw = random.Random(4)
+    torch.manual_seed(4)
+    for number in range(count):
+        dtype = draw.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+        layer = random_block_layer(draw, dtype)
+        channels, size = layer.weight.shape[1], draw.choice([(7, 7), (1, 1), (3, 14), (40, 41)])
+        x = torch.randn(draw.randint(0, 3), channels, *size, dtype=dtype)
+        desc = layer.desc(x.shape)
+        if min(desc.out_size) < 1:
+            continue
+        expected = gated_layer_definition(x, layer).double()
+        y = layer.run("gated_layer", desc, x, x.new_empty(desc.output_shape))
+        name = f"layer {number}, {dtype}, {tuple(x.shape)}, {tuple(layer.weight.shape)}, blocks of {layer.granularity}"
+        assert_near(y.double(), expected, name, 2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+def random_block_layer(draw, dtype):
+    small, heads, size = kernel.acc_dtype(dtype), draw.randint(1, 4), draw.choice([1, 2, 3, 8, 16, 32])
+    blocks = draw.randint(1, 6)
+    channels, taps = size * blocks, draw.choice([(1, 1), (1, 1), (3, 3), (2, 1)])
+    stride, padding = draw.choice([ONE, ONE, (2, 2), (1, 2)]), draw.choice([(0, 0), (0, 0), (1, 0), ONE])
+    weight = torch.randn(heads * draw.choice([1, 4, 16, 17]), channels, *taps, dtype=dtype)
+    norm = torch.rand(channels, dtype=small), torch.randn(channels, dtype=small)
+    squeeze, excite = torch.randn(heads, 3, channels, dtype=small), torch.randn(heads, blocks, 3, dtype=small)
+    inactive = torch.tensor(size * draw.randint(0, blocks))
+    gates = GateWeights(squeeze, excite, torch.rand(heads, blocks, dtype=small), inactive)
+    return PackedLayer(
+        weight, None, heads, stride, padding, ONE, False, *(norm if draw.random() < 0.5 else (None, None)), gates
+    )
+
+
 def stems_agree(count):
     """A convolution, ReLU and pooling in one."""
     draw = random.Random(3)

@@ -149,6 +149,11 @@ def test_200_random_layers_in_inference():
 
 
 @needs_compiler
+def test_200_random_layers_whose_blocks_share_a_gate():
+    random_layers.blocks_agree(200)
+
+
+@needs_compiler
 def test_100_random_stems():
     random_layers.stems_agree(100)
 
@@ -254,6 +259,7 @@ def test_vectors_of_other_processors(not_built, monkeypatch, flags):
     monkeypatch.setattr(build, "VECTORS", {torch.backends.cpu.get_cpu_capability(): flags})
     random_layers.training_agrees(300)
     random_layers.inference_agrees(100)
+    random_layers.blocks_agree(60)
     random_layers.group_convolutions_agree(100)
     random_layers.stems_agree(30)
 

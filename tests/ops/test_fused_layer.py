@@ -128,6 +128,7 @@ def check(layer, x, backend=FUSED, tolerance=1e-5):
         dict(channels=33, out=5, heads=5, squeeze_rate=16, inactive=20, bias=True),
         dict(channels=4, out=3, heads=1, squeeze_rate=2, inactive=1),
         dict(preact=False),
+        dict(channels=40, heads=2, inactive=24, granularity=8),
     ],
     ids=str,
 )

@@ -23,6 +23,7 @@ assert kernel.library() is not None
 torch.set_num_threads(2)
 layers.training_agrees(40)
 layers.inference_agrees(20)
+layers.blocks_agree(20)
 layers.group_convolutions_agree(20)
 layers.stems_agree(10)
 sys.stderr.write("no errors\\n")

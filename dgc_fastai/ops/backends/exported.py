@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..conv_desc import Pair
-from ..gates import drop_smallest, head_gates, pool
+from ..gates import drop_smallest, head_gates, pool, spread_blocks
 from ..packed_layer import PackedLayer
 from . import per_sample
 from .scaled_inputs import scaled_inputs
@@ -37,11 +37,11 @@ def gated_layer(x: Tensor, layer: PackedLayer) -> Tensor:
     if (
         per_sample.is_pointwise(layer.weight_shape, layer.padding)
         and layer.kept is not None
-        and layer.kept + 1 < x.shape[1]
+        and layer.kept + 1 < gates.shape[2]
     ):
         y = _gathered(x[:, :, :: layer.stride[0], :: layer.stride[1]], gates, layer.weight, layer.kept)
     else:
-        gates = drop_smallest(gates, inactive)
+        gates = spread_blocks(drop_smallest(gates, inactive, layer.granularity), x.shape[1])
         y = gated_conv2d(x, gates, layer.weight, layer.stride, layer.padding, layer.dilation)
     if layer.bias is not None:
         y = y + layer.bias.to(y.dtype).reshape(1, -1, 1, 1)
@@ -49,14 +49,18 @@ def gated_layer(x: Tensor, layer: PackedLayer) -> Tensor:
 
 
 def _gathered(x: Tensor, gates: Tensor, weight: Tensor, kept: int) -> Tensor:
-    """The product with the `kept` channels of the largest gates; ties with the threshold are dropped besides."""
-    batch, heads, channels = gates.shape
+    """The product with the channels of the `kept` largest gates [B, heads, G], each of C / G neighboring channels; ties
+    with the threshold are dropped besides."""
+    batch, heads, blocks = gates.shape
+    size, area = x.shape[1] // blocks, x.shape[2] * x.shape[3]
+    channels = (kept + 1) * size
     values, places = gates.topk(kept + 1, dim=-1, sorted=False)  # and the threshold, which is not above itself
     values = values * (values > values.amin(-1, keepdim=True))
-    rows = places + channels * torch.arange(batch, device=x.device).view(-1, 1, 1)
-    pixels = x.flatten(0, 1).flatten(1).index_select(0, rows.flatten()).view(-1, kept + 1, x.shape[2] * x.shape[3])
-    weight_rows = weight.flatten(1).unflatten(0, (-1, heads)).permute(1, 2, 0).flatten(0, 1)  # [heads x C, O / heads]
-    rows = places + channels * torch.arange(heads, device=x.device).view(1, -1, 1)
-    filters = weight_rows.index_select(0, rows.flatten()).view(-1, kept + 1, weight_rows.shape[1])
-    y = torch.bmm((filters * values.to(x.dtype).view(-1, kept + 1, 1)).transpose(1, 2), pixels)
-    return y.view(-1, heads, weight_rows.shape[1], *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+    rows = places + blocks * torch.arange(batch, device=x.device).view(-1, 1, 1)
+    pixels = x.reshape(-1, size * area).index_select(0, rows.flatten()).view(-1, channels, area)
+    by_head = weight.flatten(1).unflatten(0, (-1, heads)).permute(1, 2, 0)  # [heads, C, O / heads]
+    rows = places + blocks * torch.arange(heads, device=x.device).view(1, -1, 1)
+    filters = by_head.reshape(heads * blocks, -1).index_select(0, rows.flatten()).view(-1, channels, by_head.shape[2])
+    scale = spread_blocks(values.to(x.dtype), channels).reshape(-1, channels, 1)
+    y = torch.bmm((filters * scale).transpose(1, 2), pixels)
+    return y.view(-1, heads, by_head.shape[2], *x.shape[2:]).transpose(1, 2).flatten(1, 2)

@@ -61,10 +61,11 @@ struct PackedLayer {
   const T* scale;            // optional [channels]: the convolution reads relu(x * scale + shift) instead of x
   const T* shift;            // with scale
   const T* squeeze;          // [heads, hidden, channels]; this and the rest are for `gated_layer` only
-  const T* excite;           // [heads, hidden, channels]
-  const T* gate_bias;        // [heads, channels]
+  const T* excite;           // [heads, hidden, channels / granularity]
+  const T* gate_bias;        // [heads, channels / granularity]
   const int64_t* inactive;   // how many channels each head drops; one number
   int64_t hidden;            // hidden units of the gates of a head
+  int64_t granularity;       // how many neighboring channels, a block, share a gate
   int64_t relu;              // 1: y = relu(y), before a residual is added
 };
 
@@ -116,8 +117,8 @@ inline const std::string& describe_structures() {
       DGC_FIELD(ConvDesc, y) + DGC_FIELD(ConvDesc, x) + "\n" + DGC_STRUCT(Layer, "PackedLayer") +
       DGC_FIELD(Layer, weight) + DGC_FIELD(Layer, winograd_weight) + DGC_FIELD(Layer, bias) + DGC_FIELD(Layer, scale) +
       DGC_FIELD(Layer, shift) + DGC_FIELD(Layer, squeeze) + DGC_FIELD(Layer, excite) + DGC_FIELD(Layer, gate_bias) +
-      DGC_FIELD(Layer, inactive) + DGC_FIELD(Layer, hidden) + DGC_FIELD(Layer, relu) + "\n" +
-      DGC_STRUCT(Forward, "ForwardArgs") + DGC_FIELD(Forward, x) + DGC_FIELD(Forward, x_stride) +
+      DGC_FIELD(Layer, inactive) + DGC_FIELD(Layer, hidden) + DGC_FIELD(Layer, granularity) + DGC_FIELD(Layer, relu) +
+      "\n" + DGC_STRUCT(Forward, "ForwardArgs") + DGC_FIELD(Forward, x) + DGC_FIELD(Forward, x_stride) +
       DGC_FIELD(Forward, gates) + DGC_FIELD(Forward, residual) + DGC_FIELD(Forward, y) + DGC_FIELD(Forward, y_stride) +
       "\n" + DGC_STRUCT(Backward, "BackwardArgs") + DGC_FIELD(Backward, grad_y) + DGC_FIELD(Backward, x) +
       DGC_FIELD(Backward, gates) + DGC_FIELD(Backward, grad_x) + DGC_FIELD(Backward, grad_gates) +

@@ -73,6 +73,13 @@ inline void add_residual(const S* __restrict__ residual, int64_t count, S* __res
   for (int64_t p = 0; p < count; ++p) y[p] = S(relu(T(y[p]) + T(residual[p])));
 }
 
+// to = transform(from). Where a convolution reads each pixel at the place of its output, the rows of a channel lie side
+// by side, before and after; in an image of one tile, so do neighboring channels.
+template <typename S, typename T, typename Transform>
+inline void pack_line(const S* __restrict__ from, int64_t count, T* __restrict__ to, Transform transform) {
+  for (int64_t p = 0; p < count; ++p) to[p] = transform(T(from[p]));
+}
+
 // Calls pack(transform) with what makes an input of the convolution of a pixel: normalization and ReLU, if the layer
 // has them, and the gate.
 template <typename T, typename Pack>
@@ -95,6 +102,7 @@ struct DirectConv {
   const int64_t max_kept, rows, tiles;
   const InputPacking packing;
   const bool in_place;  // whether rows of sums are as far apart as rows of y, so that most can be accumulated there
+  const bool in_lines;  // whether each output reads the one pixel at its own place; see `pack_line`
 
   struct Workspace {
     std::vector<int64_t> kept;
@@ -115,7 +123,8 @@ struct DirectConv {
         rows(InputPacking::fitting_rows(n, kL2Bytes, max_kept, sizeof(T), n.batch * n.heads, at::get_num_threads())),
         tiles((n.y.out + rows - 1) / rows),
         packing(n, rows),
-        in_place(std::is_same<S, T>::value && packing.pitch == n.x.out) {}
+        in_place(std::is_same<S, T>::value && packing.pitch == n.x.out),
+        in_lines(!packing.has_padding && n.y.stride == 1 && n.x.stride == 1) {}
 
   void run() const {
     at::parallel_for(0, n.batch * n.heads * tiles, 1, [&](int64_t begin, int64_t end) {
@@ -139,14 +148,32 @@ struct DirectConv {
   }
 
   void pack_input(const Tile& tile, Workspace& work) const {
-    for (size_t s = 0; s < work.kept.size(); ++s) {
+    const int64_t values = tile.height * n.x.out;
+    const bool by_block = in_lines && values == n.area() && layer.scale == nullptr;
+    for (int64_t s = 0, some; s < int64_t(work.kept.size()); s += some) {
+      some = by_block ? count_equal(tile, work.kept, s) : 1;
       const int64_t c = work.kept[s];
       const S* from = args.x + tile.b * args.x_stride + heads.input(tile.h, c) * n.area();
-      T* to = work.pixels.get() + int64_t(s) * packing.plane;
+      T* to = work.pixels.get() + s * packing.plane;
       with_input_transform(layer, c, heads.gate(tile.b, tile.h, c), [&](auto transform) {
-        packing.pack(n, tile.row, tile.height, from, to, transform);
+        if (in_lines) {
+          pack_line(from + tile.row * n.x.size, some * values, to, transform);
+        } else {
+          packing.pack(n, tile.row, tile.height, from, to, transform);
+        }
       });
     }
+  }
+
+  // How many kept channels from kept[s] on are neighbors with the same gate, such as those of a block.
+  int64_t count_equal(const Tile& tile, const std::vector<int64_t>& kept, int64_t s) const {
+    const T gate = heads.gate(tile.b, tile.h, kept[s]);
+    int64_t count = 1;
+    for (; s + count < int64_t(kept.size()); ++count) {
+      const int64_t c = kept[s + count];
+      if (c != kept[s] + count || heads.gate(tile.b, tile.h, c) != gate) break;
+    }
+    return count;
   }
 
   // y of the block of filters that begins with f.

@@ -100,16 +100,16 @@ void pool_channels(const ConvDesc& n, const PackedLayer<T>& layer, const Forward
   });
 }
 
-// to [channels] = relu(W2 squeezed + bias), with W2 transposed [hidden, channels]
+// to [blocks] = relu(W2 squeezed + bias), with W2 transposed [hidden, blocks]
 template <typename T>
-void excite(const T* weight, const T* squeezed, int64_t hidden, const T* bias, int64_t channels, T* to) {
+void excite(const T* weight, const T* squeezed, int64_t hidden, const T* bias, int64_t blocks, T* to) {
   constexpr int64_t kLanes = 4 * Vector<T>::size;
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const int64_t count = std::min(kLanes, channels - c);
+  for (int64_t c = 0; c < blocks; c += kLanes) {
+    const int64_t count = std::min(kLanes, blocks - c);
     T sums[kLanes] = {};
     const auto add = [&](int64_t lanes) {
       for (int64_t r = 0; r < hidden; ++r) {
-        const T* from = weight + r * channels + c;
+        const T* from = weight + r * blocks + c;
         for (int64_t k = 0; k < lanes; ++k) sums[k] += from[k] * squeezed[r];
       }
     };
@@ -118,12 +118,23 @@ void excite(const T* weight, const T* squeezed, int64_t hidden, const T* bias, i
   }
 }
 
+// In place, [blocks] -> [blocks * granularity]: every channel of a block gets its gate.
+template <typename T>
+void spread_blocks(T* gates, int64_t blocks, int64_t granularity) {
+  if (granularity == 1) return;
+  for (int64_t k = blocks - 1; k >= 0; --k) {  // from the end, where no gate is overwritten before it is read
+    const T gate = gates[k];
+    std::fill_n(gates + k * granularity, granularity, gate);
+  }
+}
+
 // gates [batch, heads, channels] of args.x
 template <typename S, typename T>
 void compute_gates(const ConvDesc& n, const PackedLayer<T>& layer, const ForwardArgs<S, T>& args, T* gates) {
   std::vector<T> pooled(n.batch * n.channels);
   pool_channels(n, layer, args, pooled.data());
-  const int64_t hidden = layer.hidden, operations = 2 * hidden * n.channels;
+  const int64_t hidden = layer.hidden, blocks = n.channels / layer.granularity;
+  const int64_t operations = hidden * (n.channels + blocks);
   at::parallel_for(0, n.batch * n.heads, kOperationsPerThread / operations + 1, [&](int64_t begin, int64_t end) {
     std::vector<T> squeezed(hidden);
     for (int64_t i = begin; i < end; ++i) {
@@ -133,10 +144,9 @@ void compute_gates(const ConvDesc& n, const PackedLayer<T>& layer, const Forward
         squeezed[r] = relu(dot(weight + r * n.channels, pooled.data() + b * n.channels, n.channels));
       }
       T* to = gates + i * n.channels;
-      excite(
-          layer.excite + h * hidden * n.channels, squeezed.data(), hidden, layer.gate_bias + h * n.channels, n.channels,
-          to);
-      drop_smallest(to, n.channels, *layer.inactive);
+      excite(layer.excite + h * hidden * blocks, squeezed.data(), hidden, layer.gate_bias + h * blocks, blocks, to);
+      drop_smallest(to, blocks, *layer.inactive / layer.granularity);
+      spread_blocks(to, blocks, layer.granularity);
     }
   });
 }

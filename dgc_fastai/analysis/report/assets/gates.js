@@ -76,6 +76,9 @@ function classUsage(gates, layers) {
 }
 
 function classHeat(gates, layer) {
+  // Channels that share a gate have the same numbers.
+  const size = layer.granularity || 1, first = channel => channel - channel % size;
+  const channels = channel => size > 1 ? `channels ${first(channel)} to ${first(channel) + size - 1}` : `channel ${channel}`;
   const order = d3.sort(d3.range(layer.channels), channel => -layer.usage[channel]), rank = new Map(order.map((channel, index) => [channel, index]));
   const cells = layer.usage_by_class.flatMap((row, number) => row.map((share, channel) => ({number, channel, rank: rank.get(channel), share})));
   const draw = width => {
@@ -84,7 +87,7 @@ function classHeat(gates, layer) {
       Plot.axisY({tickSize: 0, fill: "var(--ink)", tickFormat: number => isolated(gates.classes[number], 14), label: null}),
       axisX({label: "channels, the most used first", labelOffset: 24, ticks: [], tickFormat: () => ""}),
       Plot.cell(cells, {x: "rank", y: "number", fill: "var(--accent)", fillOpacity: {value: "share", scale: null}, inset: 0}),
-      Plot.tip(cells, Plot.pointer(tip({x: "rank", y: "number", title: cell => `${isolated(gates.classes[cell.number])}, channel ${cell.channel}\nkept for ${percent(cell.share, 0)} of the images`}))),
+      Plot.tip(cells, Plot.pointer(tip({x: "rank", y: "number", title: cell => `${isolated(gates.classes[cell.number])}, ${channels(cell.channel)}\nkept for ${percent(cell.share, 0)} of the images`}))),
     ]}));
   };
   return chart({title: "Channels by class", draw, sub: `Share of a class's images for which a head keeps the channel, mean over heads: the stronger the color, the more. Layer ${layer.number}, ${layer.name}.`,
