@@ -69,6 +69,7 @@ def test_equals_the_plain_definition_with_its_gradients(backend, granularity, pr
 @pytest.mark.parametrize("granularity", [2, 5, 8, 16, 40, 80])
 def test_channels_come_and_go_in_whole_blocks(granularity):
     layer, x = make_layer(granularity), torch.randn(6, 80, 4, 4)
+    layer.gates.bias.data += 10  # no gate is zero by itself
     blocks = 80 // granularity
     assert layer.gates.excite.shape[:2] == layer.gates.bias.shape == (3, blocks)
     assert layer.gates.squeeze.shape[2] == 80
@@ -85,6 +86,7 @@ def test_channels_come_and_go_in_whole_blocks(granularity):
 def test_one_block_is_kept_where_rounding_would_drop_all():
     assert [num_inactive(size, 0.25, 1, 8) for size in (8, 16, 24, 32)] == [0, 8, 16, 24]
     layer = make_layer(channels=16)
+    layer.gates.bias.data += 10
     assert (observed(layer, torch.randn(2, 16, 4, 4))[1] != 0).sum(2).eq(8).all()
 
 
