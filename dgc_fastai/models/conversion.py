@@ -38,13 +38,11 @@ def convert(
 
     Args:
         model: changed in place. Create the optimizer of its parameters afterwards.
-        heads, squeeze_rate: of every DGC layer, see `DynamicGroupConv2d`.
+        heads, squeeze_rate, granularity: of every DGC layer, see `DynamicGroupConv2d` and `fitting_granularity`.
         gate_factor: of every DGC layer; or a gate factor for each name of a convolution, with wildcards, of which the
             first that fits counts: `{"layer1.*": 1, "*": 0.5}`. A name's 1 leaves the convolution as it is.
         skip: names of modules that are not replaced, with wildcards: `"layer1.*"`.
-        input_size: (channels, height, width) of its images in pixels; by default that of timm's `default_cfg`, or
-            224 px.
-        granularity: likewise, a power of two; if it does not divide a layer's channels, the largest one that does.
+        input_size: (channels, height, width) of its images in pixels; by default timm's `default_cfg`, or 224 px.
 
     Returns:
         The same model.
@@ -64,8 +62,7 @@ def convert(
         is_skipped = any(fnmatch(name, pattern) for pattern in patterns)
         reason = "skipped" if is_skipped else _reason_against(module, shapes.get(module), heads, squeeze_rate)
         if not reason and module not in layers:  # a convolution that two parents share stays shared
-            factor = _factor_of(name, gate_factor)
-            layers[module] = _gated(module, heads, factor, squeeze_rate, granularity)
+            layers[module] = _gated(module, heads, _factor_of(name, gate_factor), squeeze_rate, granularity)
         if layer := None if reason else layers[module]:
             replaced.append((name, layer))
         else:
