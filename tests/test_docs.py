@@ -202,6 +202,8 @@ def test_targets_are_those_of_the_recipes():
         target = re.findall(r"[\d.]+ %", recipe.target)
         for page in pages:
             row = re.search(rf"^\| `{recipe.path.stem}` \|.*\| ?(.*)\|$", page, re.M)
+            if not (row or target or page is pages[1]):  # the README has room for some
+                continue
             assert row and re.findall(r"[\d.]+ %", row[1]) == target, recipe.path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .benchmark_text import decimal_places, plural, rounded
 
-__all__ = ["advice", "answer", "fastest", "milliseconds", "runtime_title", "speedup", "verdict"]
+__all__ = ["advice", "answer", "fastest", "milliseconds", "page_data", "runtime_title", "speedup", "verdict"]
 
 NOISE = 0.05  # ratios closer to 1 are no difference
 MOSTLY = 0.7  # share of the MACs
@@ -144,6 +144,22 @@ def machine_line(found: Found) -> str:
     machine = found["speed"]["machine"]
     threads = f", {plural(machine['threads'], 'thread')}" if machine["device"] == "cpu" else ""
     return f"{machine['processor']}{threads}, torch {machine['torch']}; medians of interleaved rounds."
+
+
+def page_data(found: Found) -> Found:
+    """What a report's page shows of a compression: sentences, and the cells of two tables."""
+    return {
+        "answer": answer(found),
+        "lines": [verdict(found), how_trained(found), machine_line(found), *found["speed"]["left_out"]],
+        "advice": advice(found),
+        "cost": list(cost_rows(found)),
+        "batches": [batch_title(batch) for batch in batches(found)],
+        "speed": [[precision, *row] for precision in precisions(found) for row in speed_rows(found, precision)],
+    }
+
+
+def batch_title(batch: int) -> str:
+    return "one image" if batch == 1 else f"{batch} images"
 
 
 def deployment(program: str, folder: str) -> list[str]:

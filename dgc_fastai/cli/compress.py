@@ -133,12 +133,12 @@ def _cost_table(found: dict[str, Any]) -> Table:
 
 
 def _speed_table(found: dict[str, Any]) -> Table:
-    from ..analysis.compression_text import batches, precisions, speed_rows
+    from ..analysis.compression_text import batch_title, batches, precisions, speed_rows
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("milliseconds", no_wrap=True)
     for batch in batches(found):
-        table.add_column("one image" if batch == 1 else f"{batch} images", justify="right", no_wrap=True)
+        table.add_column(batch_title(batch), justify="right", no_wrap=True)
     for precision in precisions(found):
         table.add_row(precision, style="bold")
         for title, *cells in speed_rows(found, precision):

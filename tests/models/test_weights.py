@@ -256,3 +256,38 @@ def test_the_key_s_old_name_and_values_are_accepted(tmp_path, old, new):
     assert load_recipe(tmp_path / "r.yaml").model.weights == new
     assert load_recipe("pictures_resnet18", [f"model.pretrained={old}"]).model.weights == new
     assert recipe.model.weights == "x.pth"
+
+
+def with_the_names_of_efficientnet_pytorch(network):
+    """A network's tensors by the names of EfficientNet-PyTorch, which counts blocks through, and norms from 0."""
+    state = {}
+    for number, block in enumerate(block for stage in network.blocks for block in stage):
+        names = {"bn1": "_bn1", "conv_dw": "_depthwise_conv", "bn2": "_bn2", "conv_pw": "_project_conv"}
+        if hasattr(block, "conv_pwl"):
+            names = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
+            names |= {"conv_pwl": "_project_conv", "bn3": "_bn2"}
+        names |= {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
+        for name, tensor in block.state_dict().items():
+            layer, _, kind = name.rpartition(".")
+            state[f"_blocks.{number}.{names[layer]}.{kind}"] = tensor
+    outside = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    for name, layer in outside.items():
+        state |= {f"{layer}.{kind}": tensor for kind, tensor in network.get_submodule(name).state_dict().items()}
+    return state
+
+
+@pytest.mark.parametrize("arch", ["tf_efficientnet_lite0", "tf_efficientnet_b0"])
+def test_the_names_of_efficientnet_pytorch(tmp_path, arch):
+    theirs = timm.create_model(arch, num_classes=7)
+    for index, tensor in enumerate(theirs.state_dict().values()):  # no two tensors are alike
+        tensor.fill_(1 + index)
+    torch.save(with_the_names_of_efficientnet_pytorch(theirs), tmp_path / "lite.pth")
+    for classes, left_out in ((7, ""), (3, ", without its classifier of 7 classes")):
+        ours = timm.create_model(arch, num_classes=classes)
+        text = start(ours, arch=arch, weights=f"{tmp_path}/lite.pth")
+        assert text == f"{tmp_path}/lite.pth{left_out}"
+        same = {name for name, tensor in ours.state_dict().items() if torch.equal(tensor, theirs.state_dict()[name])}
+        different = ours.state_dict().keys() - same
+        assert different == ({"classifier.weight", "classifier.bias"} if left_out else set())
+    with pytest.raises(CheckpointError, match="does not fit ResNet"):
+        start(timm.create_model("resnet18"), arch="resnet18", weights=f"{tmp_path}/lite.pth")

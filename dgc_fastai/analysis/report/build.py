@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ...utils.files import write_atomically
 from ...utils.invocation import display_path, program
+from ..compression_text import page_data as compression_text
 from .collect import StoredRun, find_runs, read_stored_run, unstarted_runs
 from .groups import SEED, common_differences, group_runs, label_runs, pareto_front, recipe_value
 from .latency import describe_here
@@ -92,6 +93,7 @@ def page_data(title: str, measured: Sequence[MeasuredRun], notes: Sequence[str] 
 
 def _run_data(number: int, measured: MeasuredRun, label: str, values: dict[str, str]) -> dict[str, Any]:
     run = measured.run
+    compression = _compression(run)
     done, planned = run.epochs
     latency = measured.latency or []
     one_image = next((row for row in latency if row["batch"] == 1), None)
@@ -120,11 +122,21 @@ def _run_data(number: int, measured: MeasuredRun, label: str, values: dict[str, 
         "latency": latency,
         "evaluation": measured.evaluation,
         "gates": _small_gates(measured.gates),
+        "compression": compression,
         "is_gated": measured.is_gated,
         "arch": run.recipe.model.arch if run.recipe else None,
         "recipe": run.recipe_text,
         "missing": missing,
     }
+
+
+def _compression(run: StoredRun) -> dict[str, Any] | None:
+    found = run.summary.get("compression")
+    try:
+        return compression_text(found) if found else None
+    except (AssertionError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        run.missing.append("Before and after: summary.json holds it in a form that this version cannot read.")
+        return None
 
 
 def _shorten(runs: Sequence[dict[str, Any]]) -> None:

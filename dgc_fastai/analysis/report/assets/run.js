@@ -28,6 +28,18 @@ function costTable(run) {
     table([{name: "count", value: row => row[0]}, {name: "number", number: true, value: row => row[1], text: row => Math.round(row[1]).toLocaleString("en-US")}], rows, {label: "Cost of one image"}))) : null;
 }
 
+// A network before and after its compression.
+function compression(run) {
+  const found = run.compression;
+  if (!found) return null;
+  const number = (name, place) => ({name, number: true, value: row => row[place]});
+  const cost = [{name: "", value: row => row[0]}, number("before", 1), number("after", 2), number("change", 3)];
+  const speed = [{name: "precision", value: row => row[0]}, {name: "network", value: row => row[1]}, ...found.batches.map((name, place) => number(name, place + 2))];
+  return section("compression", "Before and after", h("p", {class: "lead"}, named(found.answer)), found.lines.map(line => h("p", {class: "note", dir: "auto"}, sentence(line))),
+    callout("", "What to try", found.advice),
+    grid(h("div", null, h("h3", null, "Accuracy and cost"), table(cost, found.cost, {label: "Accuracy and cost"})), h("div", null, h("h3", null, "Milliseconds"), table(speed, found.speed, {label: "Milliseconds"}))));
+}
+
 function classes(run) {
   const evaluation = run.evaluation;
   if (!evaluation) return null;
@@ -60,6 +72,7 @@ function runPage(run) {
   return [
     callout("warn", run.summary.problems?.length === 1 ? "A problem of this run" : "Problems of this run", run.summary.problems || []),
     callout("", "What this page lacks", run.missing),
+    compression(run),
     section("training", "Training", grid(trainingCharts(run))),
     section("cost", "Cost and speed", grid(run.latency.length > 0 && latencyChart(run), costTable(run), run.layers?.length > 0 && costChart(run))),
     run.gates && section("gates", "Gates", gateSection(run)),
