@@ -1,10 +1,11 @@
-"""Write docs/fastai.ipynb from docs/fastai.md: `python docs/make_notebook.py`. A test compares the two."""
+"""Write the notebooks from their pages, such as docs/fastai.ipynb: `python docs/make_notebook.py`. A test compares."""
 
 import json
 import re
 from pathlib import Path
 
 DOCS = Path(__file__).parent
+PAGES = ("compress", "fastai")
 
 
 def cell(kind: str, number: int, text: str) -> dict:
@@ -15,7 +16,7 @@ def cell(kind: str, number: int, text: str) -> dict:
 
 def notebook(page: str) -> str:
     """A notebook's JSON: a page's Python blocks are its code cells, the text between them the others."""
-    page = page.replace(" [fastai.ipynb](fastai.ipynb) is this page as a notebook.", "")
+    page = re.sub(r" \[(\w+\.ipynb)\]\(\1\) is this page as a notebook\.", "", page)
     parts = re.split(r"```python\n(.*?)```\n", page, flags=re.S)
     cells = [cell("code" if i % 2 else "markdown", i, part) for i, part in enumerate(parts) if part.strip()]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -25,4 +26,5 @@ def notebook(page: str) -> str:
 
 
 if __name__ == "__main__":
-    (DOCS / "fastai.ipynb").write_text(notebook((DOCS / "fastai.md").read_text()))
+    for name in PAGES:
+        (DOCS / f"{name}.ipynb").write_text(notebook((DOCS / f"{name}.md").read_text()))

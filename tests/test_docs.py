@@ -105,8 +105,9 @@ CHECKS = {"README": check_readme, "python": check_python}
 
 def test_notebook_is_the_page():
     """The page's blocks are run above, so the notebook's cells are, too."""
-    notebook = runpy.run_path(str(DOCS / "make_notebook.py"))["notebook"]
-    assert (DOCS / "fastai.ipynb").read_text() == notebook((DOCS / "fastai.md").read_text())
+    script = runpy.run_path(str(DOCS / "make_notebook.py"))
+    for name in script["PAGES"]:
+        assert (DOCS / f"{name}.ipynb").read_text() == script["notebook"]((DOCS / f"{name}.md").read_text())
 
 
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=name)
@@ -123,7 +124,7 @@ def test_commands_are_accepted(page, monkeypatch):
             overrides = [f"{key}={value}" for key, values in split(overrides) for value in values]
         if words[0] not in app:
             load_recipe(find_recipe(words[0]), overrides)
-        elif words[0] in ("benchmark", "check", "copy", "evaluate", "sweep", "train"):
+        elif words[0] in ("benchmark", "check", "compress", "copy", "evaluate", "sweep", "train"):
             load_recipe(find_recipe(words[1]), overrides)
         else:
             assert not overrides
@@ -182,7 +183,7 @@ def test_every_page_is_reached_from_the_readme():
             waiting += [(page.parent / path).resolve() for path in paths if path]
     assert {
         *PAGES,
-        DOCS / "fastai.ipynb",
+        *DOCS.glob("*.ipynb"),
         *(DOCS / "figures").glob("*.svg"),
         *(DOCS / "figures").glob("*.png"),
     } <= reached

