@@ -112,7 +112,7 @@ def _more_accurate(found: Found) -> Iterator[str]:
     yield "For accuracy: more train.epochs, or a lower share cut (a larger model.convert.gate_factor or target)."
 
 
-def cost_rows(found: Found) -> Iterator[tuple[str, str, str, str]]:
+def cost_rows(found: Found) -> Iterator[tuple[str, ...]]:
     """Name, before, after and change of accuracy and cost."""
     before, after = found["before"], found["after"]
     loss = 100 * (after["top_1"] - before["top_1"])
