@@ -1,8 +1,12 @@
 """What a compression is said to be worth."""
 
+from pathlib import Path
+
 import pytest
 
 from dgc_fastai.analysis import compression_text as text
+from dgc_fastai.analysis.report.build import _compression
+from dgc_fastai.analysis.report.collect import StoredRun
 
 
 def row(network, runtime, median, precision="float32", batch=1):
@@ -74,3 +78,15 @@ def test_tables_have_a_cell_for_each_batch():
 )
 def test_training_time_of_both_is_told(epochs, begin):
     assert text.how_trained(compression(*FASTER, before=epochs)).startswith(begin)
+
+
+def test_the_page_has_sentences_and_cells_and_says_what_it_cannot_read():
+    found = compression(*FASTER)
+    found["speed"]["left_out"] = ["OpenVINO is not installed."]
+    run = StoredRun(Path("run"), summary={"compression": found})
+    page = _compression(run)
+    assert page["answer"] == text.answer(found) and "OpenVINO is not installed." in page["lines"]
+    assert page["batches"] == ["one image"] and page["speed"][0] == ["float32", "before, PyTorch", "9.0"]
+    assert not run.missing and _compression(StoredRun(Path("run"))) is None
+    damaged = StoredRun(Path("run"), summary={"compression": {"before": 1}})
+    assert _compression(damaged) is None and "cannot read" in damaged.missing[0]
