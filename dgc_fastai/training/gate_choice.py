@@ -141,10 +141,12 @@ class _Chooser:
         options = times.options(self.options)
         least, dense = times.ms(self._allocated(options, 0)), times.ms({})
         if not least <= target < dense:
-            fastest = f"from {least:.3g} ms" if least < dense else "with no choice of gate factors less than that"
+            at_best = (
+                f"{least:.3g} ms at best; use a time between" if least < dense else "closing layers saves none here"
+            )
             raise RecipeError(
                 f"model.convert: target_ms={target:g} is out of reach: an image takes {dense:.3g} ms in the deployed "
-                f"dense network here, {fastest}"
+                f"dense network here, and {at_best}"
             )
         layers = sum(float(one.costs[-1]) for one in options)
         aim, best, reached = layers - (dense - target), {}, dense

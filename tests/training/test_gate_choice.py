@@ -201,7 +201,8 @@ def test_a_time_is_come_to_by_measuring_the_whole_network(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "target, waste, message", [(1e-6, 0, "here, from 5."), (1e5, 0, "here, from 5."), (1e-6, 9, "here, with no ch")]
+    "target, waste, message",
+    [(1e-6, 0, "here, and 5."), (1e5, 0, "here, and 5."), (1e-6, 9, "here, and closing layers saves none")],
 )
 def test_a_time_out_of_reach_names_the_range(recipe, monkeypatch, target, waste, message):
     fake_times(monkeypatch, waste=waste)
