@@ -21,7 +21,10 @@ MIN_GATE_FACTOR = 1 / 8
 
 @dataclass(frozen=True)
 class Options:
-    """What a layer may keep: the cost of each choice, and what the network loses by it."""
+    """What a layer may keep: the cost of each choice, and what the network loses by it.
+
+    Channels are counted in blocks where a layer keeps and drops them in blocks (`granularity`).
+    """
 
     name: str
     costs: np.ndarray
@@ -65,12 +68,13 @@ def mac_options(network: nn.Module, cost: Budget) -> list[Options]:
     found: dict[str, np.ndarray] = {}
     for counted in cost.layers:
         if layer := layers.get(counted.name):
-            channels, size = layer.in_channels, layer.granularity
-            by_channel = counted.macs_dense // channels
-            gates = counted.macs - by_channel * (channels - num_inactive(channels, layer.gate_factor, 1, size))
-            factors = np.arange(channels + 1) / channels
-            kept = np.array([channels - num_inactive(channels, factor, 1, size) for factor in factors])  # whole blocks
-            costs = kept * by_channel + gates
+            blocks = layer.in_channels // layer.granularity
+            by_block = counted.macs_dense // blocks
+            kept = (
+                blocks - num_inactive(layer.in_channels, layer.gate_factor, 1, layer.granularity) // layer.granularity
+            )
+            gates = counted.macs - by_block * kept
+            costs = np.arange(blocks + 1) * by_block + gates
             costs[-1] -= gates
             found[counted.name] = costs + found.get(counted.name, 0)  # a layer that is called twice is counted twice
     return [Options(name, costs, np.zeros(len(costs))) for name, costs in found.items()]

@@ -27,7 +27,7 @@ from .state_file import random_state_kept
 
 __all__ = ["GateChoice", "choose_gate_factors"]
 
-MAX_MACS = 2e13  # of a scan: two to five minutes on two cores
+MAX_MACS = 2e13  # of a scan, if MIN_IMAGES allow that: minutes
 MIN_IMAGES, MAX_IMAGES = 64, 512
 ATTEMPTS = 3  # to come to a time
 
