@@ -1,7 +1,10 @@
 """The section model.convert: gate factors by name, and targets."""
 
+import inspect
+
 import pytest
 
+from dgc_fastai import convert
 from dgc_fastai.recipe.loading import parse_recipe
 from dgc_fastai.utils.errors import RecipeError
 
@@ -40,7 +43,9 @@ def test_the_resolved_recipe_loads_as_the_same():
     assert parse_recipe(one.to_yaml(), "again") == one
     assert one.model.convert.gate_factor == CHOSEN and not one.model.convert.has_to_choose
     assert list(one.model.convert.gate_factor) == list(CHOSEN), "the order counts"
-    assert one.model.convert.keywords() == {"heads": 2, "gate_factor": CHOSEN, "squeeze_rate": 16, "skip": []}
+    keywords = one.model.convert.keywords()
+    assert (keywords["heads"], keywords["gate_factor"]) == (2, CHOSEN)
+    assert keywords.keys() == inspect.signature(convert).parameters.keys() - {"model", "input_size"}
 
 
 def test_what_was_chosen_for_a_target_is_taken_for_this_target_only():
