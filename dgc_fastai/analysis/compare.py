@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..recipe.loading import differences
 from ..recipe.schema import Recipe
+from ..recipe.section import Section
 from ..training.run_summary import read_run
 from ..training.sweep_table import group_rows
 
@@ -28,6 +29,7 @@ def show_comparison(console: Console, folders: Sequence[Path]) -> None:
         UserError: a folder is not that of a run that has finished an epoch.
     """
     runs: list[Run] = [(folder, *read_run(folder)) for folder in folders]
+    runs = [(folder, recipe.without_choice(), summary) for folder, recipe, summary in runs]
     runs.sort(key=lambda run: -run[2]["best"]["top_1"])
     console.print(_results(runs))
     for number, (folder, *_) in enumerate(runs, 1):
@@ -98,4 +100,6 @@ def _value(recipe: Recipe, key: str) -> str:
     value: Any = recipe
     for part in key.split("."):
         value = getattr(value, part)
+    if isinstance(value, Section):
+        value = value.model_dump(mode="json", exclude_defaults=True)
     return "-" if value is None else json.dumps(value).strip('"')

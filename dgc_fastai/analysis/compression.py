@@ -63,7 +63,9 @@ def measure_compression(recipe: Recipe, before: Path | None, folder: Path, conso
         | measure_cost(compressed.model, size),
         "input": size,
         "teacher": recipe.train.teacher,
-        "speed": measure_speed(dense, compressed.model, size, recipe.data.batch_size, console),
+        "speed": measure_speed(
+            dense, compressed.model, size, recipe.data.batch_size, select_device(recipe.device), console
+        ),
     }
     write_atomically(folder / "summary.json", json.dumps(summary | {"compression": found}, indent=2) + "\n")
     return found
@@ -86,7 +88,12 @@ def measure_cost(network: nn.Module, input_size: tuple[int, int, int]) -> dict[s
 
 
 def measure_speed(
-    before: nn.Module, after: nn.Module, input_size: tuple[int, int, int], batch: int, console: Console
+    before: nn.Module,
+    after: nn.Module,
+    input_size: tuple[int, int, int],
+    batch: int,
+    device: torch.device,
+    console: Console,
 ) -> dict[str, Any]:
     """Milliseconds of the dense network and of the compressed one, for one image and for a batch.
 
@@ -95,13 +102,13 @@ def measure_speed(
 
     Args:
         batch: images of the larger batch; 32 at most.
+        device: where both compute.
         console: where to show the progress.
 
     Returns:
         `rows`, each with network, runtime, precision, batch and the median, min and max of the milliseconds; `machine`;
         and `left_out`, sentences about runtimes that were not timed.
     """
-    device = select_device("auto")
     batches = [torch.randn(count, *input_size) for count in sorted({1, min(batch, MAX_BATCH)})]
     precisions = ["float32", *(["bf16"] if _multiplies_bf16(device) else [])]
     forms, left_out = _forms(before.to(device).eval(), after.to(device).eval(), batches, precisions, device)

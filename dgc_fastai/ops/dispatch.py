@@ -88,9 +88,8 @@ class LayerOperator:
         """The same by the kernel if it supports the layer, otherwise by the definition."""
         if layer.is_packed and per_sample.is_channels_last(x):
             x = x.contiguous()
-        if not layer.is_supported(x):
+        if not layer.is_supported(x) or min((desc := layer.desc(x.shape)).out_size) < 1:  # PyTorch has the words
             return _finish(self.definition(x, layer), residual, out)
-        desc = layer.desc(x.shape)
         y = x.new_empty(self.output_shape(desc)) if out is None else out
         if residual is None:
             return layer.run(self.name, desc, x, y)

@@ -81,8 +81,8 @@ class PackedLayer:
                 self.kept = gates.bias.shape[1] - int(gates.inactive) // self.granularity
         self.packed = packed
         self.is_packed = packed.weight.numel() > 0
-        self._struct: structures.PackedLayer | None = None
-        self._alive: list[Tensor] = []  # what the addresses in _struct are of
+        self._struct: tuple[structures.PackedLayer, list[Tensor]] | None = None
+        """The layer as the C++ kernel reads it, and the tensors that its addresses are of."""
         # Not a property: torch.compile reads it at each call.
         self.flat = (
             weight,
@@ -143,8 +143,9 @@ class PackedLayer:
         Returns:
             y.
         """
-        if self._struct is None:
-            self._struct = self._make_struct()
+        made = self._struct  # held until the kernel returns, whatever other threads make meanwhile
+        if made is None:
+            made = self._struct = self._make_struct()
         args = structures.ForwardArgs(
             x=x.data_ptr(),
             x_stride=x.stride(0),
@@ -152,7 +153,7 @@ class PackedLayer:
             y=y.data_ptr(),
             y_stride=y.stride(0),
         )
-        kernel.function(name, x.dtype)(desc.struct, self._struct, args)
+        kernel.function(name, x.dtype)(desc.struct, made[0], args)
         return y
 
     def _pack(self) -> "Packed":
@@ -169,15 +170,15 @@ class PackedLayer:
         )
         return Packed(packed, winograd, self.gates.excite.transpose(1, 2).contiguous())
 
-    def _make_struct(self) -> structures.PackedLayer:
+    def _make_struct(self) -> tuple[structures.PackedLayer, list[Tensor]]:
         dtype = self.packed.weight.dtype
-        self._alive = []
+        alive: list[Tensor] = []
 
         def address(tensor: Tensor | None) -> int | None:
             if tensor is None or tensor.numel() == 0:
                 return None
-            self._alive.append(tensor.to(dtype).contiguous())
-            return self._alive[-1].data_ptr()
+            alive.append(tensor.to(dtype).contiguous())
+            return alive[-1].data_ptr()
 
         struct = structures.PackedLayer(
             weight=address(self.packed.weight),
@@ -191,7 +192,7 @@ class PackedLayer:
             struct.squeeze, struct.hidden = address(self.gates.squeeze), self.gates.squeeze.shape[1]
             struct.excite, struct.gate_bias = address(self.packed.excite), address(self.gates.bias)
             struct.inactive, struct.granularity = self.gates.inactive.data_ptr(), self.granularity
-        return struct
+        return struct, alive
 
 
 def pack_weight(weight: Tensor, heads: int, grouped: bool = False) -> Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 # Keys of earlier versions: saved weights carry the recipe they were trained with.
+TARGETS = {("model", "convert", "target"), ("model", "convert", "target_ms")}
 RENAMED_KEYS: dict[tuple, str] = {("train", "lasso"): "lasso_weight", ("model", "pretrained"): "weights"}
 OLD_VALUES: dict[tuple, dict] = {("model", "pretrained"): {False: None, True: "pretrained"}}
 
@@ -166,6 +167,9 @@ def _override(content: dict, lines: dict[tuple, str], override: str) -> None:
         lines.setdefault(place[:depth], override)  # of a section that is not in the file
     section[place[-1]] = _new_value(old, parse_yaml(text, override)[0])
     lines[place] = override
+    if place in TARGETS and isinstance(section.get("gate_factor"), dict):
+        if "=" not in lines.get((*place[:-1], "gate_factor"), ""):  # a run's recipe has those of its own target
+            del section["gate_factor"]
 
 
 _SECTIONS: dict[Any, type[Section]] = {"model": Model, "data": Data, "train": Train, "log": Log}

@@ -149,16 +149,17 @@ class _Chooser:
                 f"dense network here, and {at_best}"
             )
         layers = sum(float(one.costs[-1]) for one in options)
-        aim, best, reached = layers - (dense - target), {}, dense
+        aim, tried = layers - (dense - target), []
         for _ in range(ATTEMPTS):
             factors = self._allocated(options, aim)
-            ms = times.ms(factors)
-            if abs(ms - target) < abs(reached - target):
-                best, reached = factors, ms
-            aim -= ms - target
+            tried.append((times.ms(factors), factors))
+            aim -= tried[-1][0] - target
+        reached, best = min(tried, key=lambda one: abs(one[0] - target))
         return self._chosen(best, {"dense": dense, "reached": reached})
 
     def _chosen(self, factors: dict[str, float], ms: dict[str, float] | None = None) -> GateChoice:
+        if all(factor == 1 for factor in factors.values()):
+            raise RecipeError("model.convert: no layer closes for a target so near the dense network; use a lower one")
         keywords = {**self.settings.keywords(), "gate_factor": factors}
         closed = budget(
             convert(deepcopy(self.network).to("meta"), **keywords, input_size=self.input_size), self.input_size

@@ -55,6 +55,8 @@ __all__ = ["TrainingRun", "build_learner"]
 
 _logger = logging.getLogger(__name__)
 
+NO_WEIGHTS = "it has no weights; set model.weights, or use `compress`, which trains it first"
+
 
 class TrainingRun:
     """One run of a recipe: what it needs is resolved once, then `fit` or `evaluate` use it.
@@ -192,16 +194,29 @@ class TrainingRun:
         network = create_unconverted(model, len(self.classes), self.input_size)
         weights = None if self._gets_weights and not teaches else self._read_weights()
         if teaches and (weights is None or weights.have_gates):
-            reason = f"{weights.source} is of one with gates" if weights else "it has no weights; set model.weights"
+            reason = f"{weights.source} is of one with gates" if weights else NO_WEIGHTS
             raise CheckpointError(f"train.teacher: there is no network before model.convert: {reason}")
         if weights and model.convert and weights.have_gates:
             self.recipe = self.recipe.with_choice_of(saved_recipe(weights.source))
+            settings = self.recipe.model.convert
+            if self._trains and settings and settings.has_to_choose:
+                raise CheckpointError(
+                    f"{weights.source}: has gates; a target starts from the weights of a network without"
+                )
         elif weights:
-            self.starts_from = load_weights(network, weights, with_classifier=teaches)
+            self.starts_from = self._load_before(network, weights, teaches)
         network = self._converted(network, has_weights=bool(self.starts_from))
         if weights and not self.starts_from:  # they are of the converted network
             self.starts_from = load_weights(network, weights)
         return network
+
+    def _load_before(self, network: torch.nn.Module, weights: Weights, teaches: bool) -> str:
+        try:
+            return load_weights(network, weights, with_classifier=teaches)
+        except CheckpointError as error:
+            if teaches and "cannot teach" in str(error):
+                raise CheckpointError(f"{error}; `compress` trains the network before first") from None
+            raise
 
     def _converted(self, network: torch.nn.Module, has_weights: bool) -> torch.nn.Module:
         """A network with the DGC layers of the recipe; the gate factors are chosen first if that is left to do."""

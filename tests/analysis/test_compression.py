@@ -40,7 +40,7 @@ def test_cost_is_that_of_the_channels_kept_now():
 def test_each_network_is_timed_in_each_precision_and_batch(quick, monkeypatch, has_bf16):
     monkeypatch.setattr(compression, "_multiplies_bf16", lambda device: has_bf16)
     monkeypatch.setattr(compression, "runtime_calls", lambda *arguments: ([], ["None is installed."]))
-    found = compression.measure_speed(*networks(), SIZE, 4, silent())
+    found = compression.measure_speed(*networks(), SIZE, 4, torch.device("cpu"), silent())
     forms = [(row["network"], row["runtime"], row["precision"], row["batch"]) for row in found["rows"]]
     assert forms == [
         (network, runtime, precision, batch)
@@ -54,7 +54,7 @@ def test_each_network_is_timed_in_each_precision_and_batch(quick, monkeypatch, h
 
 def test_one_image_is_not_timed_twice(quick, monkeypatch):
     monkeypatch.setattr(compression, "runtime_calls", lambda *arguments: ([], []))
-    found = compression.measure_speed(*networks(), SIZE, 1, silent())
+    found = compression.measure_speed(*networks(), SIZE, 1, torch.device("cpu"), silent())
     assert {row["batch"] for row in found["rows"]} == {1}
 
 

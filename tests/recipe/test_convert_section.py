@@ -65,3 +65,10 @@ def test_a_recipe_without_its_choice_is_that_before():
     assert planned.with_gate_factor(CHOSEN).without_choice() == planned == planned.without_choice()
     for one in (recipe(), recipe(f"model.convert.gate_factor={CHOSEN}"), recipe("model.convert=null")):
         assert one.without_choice() == one
+
+
+def test_another_target_for_a_run_s_recipe_is_chosen_for_anew():
+    text = recipe("model.convert.target=0.5").with_gate_factor(CHOSEN).to_yaml()
+    assert not parse_recipe(text, "run").model.convert.has_to_choose
+    other = parse_recipe(text, "run", ["model.convert.target=0.4"]).model.convert
+    assert other.target == 0.4 and other.has_to_choose

@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from dgc_fastai import build_learner, load_recipe, save_checkpoint
+from dgc_fastai.analysis.compare import _value, show_comparison
 from dgc_fastai.cli.tables import show_choice
 from dgc_fastai.inference.predict import Predictor
 from dgc_fastai.layers.gate_schedule import dgc_layers
@@ -236,3 +237,21 @@ def test_the_choice_is_shown_in_any_width(width):
     text = console.export_text()
     assert "layer1.0.downsample.0" in text and "0.344" in text and "256 training images" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_a_target_for_which_no_layer_closes_is_refused_in_a_line(recipe):
+    with pytest.raises(RecipeError, match="^model.convert: no layer closes for a target so near the dense network"):
+        TrainingRun(recipe("model.convert={target: 0.99999}")).learner  # noqa: B018
+
+
+def test_weights_with_gates_are_no_start_for_another_target(whole, recipe):
+    with pytest.raises(CheckpointError, match="has gates; a target starts from the weights of a network without"):
+        TrainingRun(recipe(f"model.weights={whole[1]}", "model.convert.target=0.65")).learner  # noqa: B018
+
+
+def test_runs_that_are_converted_in_two_ways_are_compared(whole, recipe):
+    other = recipe("model.convert={gate_factor: 0.5}")
+    assert _value(other, "model.convert") == '{"gate_factor": 0.5}'
+    console = Console(record=True, width=120)
+    show_comparison(console, [whole[1], whole[1]])
+    assert "recipe key" not in console.export_text()

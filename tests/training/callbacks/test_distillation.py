@@ -176,7 +176,8 @@ def test_teachers_that_cannot_teach_are_refused_in_a_line(tmp_path, converted, t
 
     assert "before model.convert: it has no weights; set model.weights" in refusal(converted("null"))
     save_checkpoint(timm.create_model("resnet10t", num_classes=7, in_chans=1), tmp_path / "w7")
-    assert refusal(converted(tmp_path / "w7")) == f"{tmp_path}/w7: a network of 7 classes cannot teach one of 10"
+    refused = f"{tmp_path}/w7: a network of 7 classes cannot teach one of 10"
+    assert refusal(converted(tmp_path / "w7")) == f"{refused}; `compress` trains the network before first"
     file = converted("null", f"train.teacher={tmp_path}/w7")
     assert refusal(file) == f"train.teacher: {tmp_path}/w7: a network of 7 classes cannot teach one of 10"
     assert "does not fit" in refusal(converted("null", f"train.teacher={teacher_file}"))
