@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..ops.device import resolve, select_device
+from ..ops.device import device_wait, resolve, select_device
 from ..recipe.schema import Data, Recipe
 from ..utils.errors import UserError
 from ..utils.files import write_atomically
 from .benchmark_figure import draw_benchmark
-from .benchmark_plan import BASELINE, HALF_CLOSED, device_wait, plan_benchmark, plan_data, step_name
+from .benchmark_plan import BASELINE, HALF_CLOSED, plan_benchmark, plan_data, step_name
 from .benchmark_report import progress_bar
 from .throughput import Source, find_bottleneck, measure_rates
 from .timing import Measurement, describe_machine, measure_times, peak_memory, spread, summarize

@@ -14,7 +14,7 @@ from ..data.classes import class_names
 from ..inference.deploy import deploy
 from ..layers.gate_schedule import dgc_layers, gate_penalty, set_progress
 from ..models.factory import build_model, prepare
-from ..ops.device import resolve, select_device, use_device
+from ..ops.device import device_wait, resolve, select_device, use_device
 from ..ops.selection import use_backend
 from ..recipe.schema import Data, Model, Recipe
 from ..training.learner import assemble
@@ -22,7 +22,7 @@ from ..utils.errors import RecipeError
 from .throughput import Source, pipeline_sources, repeat
 from .timing import Measurement, Variant
 
-__all__ = ["device_wait", "gated_name", "plan_benchmark", "plan_data", "step_name"]
+__all__ = ["gated_name", "plan_benchmark", "plan_data", "step_name"]
 
 BASELINE = "dense"
 BASELINE_AGAIN = "dense again"  # the same network at the other end of a round: how far its times are from itself
@@ -92,11 +92,6 @@ def plan_data(recipe: Recipe) -> list[Source]:
 def step_name(variant: str) -> str:
     """The name of a variant's training step among the sources of `plan_data`."""
     return f"training step, {variant}"
-
-
-def device_wait(device: torch.device) -> Callable[[], None]:
-    """A function that returns when the device has finished its work."""
-    return (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
 
 
 def _networks(recipe: Recipe, classes: int, device: torch.device) -> dict[str, nn.Module]:

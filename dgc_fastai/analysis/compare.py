@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..recipe.loading import differences
+from ..recipe.loading import differences, value_at
 from ..recipe.schema import Recipe
-from ..recipe.section import Section
 from ..training.run_summary import read_run
 from ..training.sweep_table import group_rows
 
@@ -97,9 +96,5 @@ def _show_differences(console: Console, keys: Sequence[str], recipes: Sequence[R
 
 
 def _value(recipe: Recipe, key: str) -> str:
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
-    if isinstance(value, Section):
-        value = value.model_dump(mode="json", exclude_defaults=True)
+    value = value_at(recipe, key)
     return "-" if value is None else json.dumps(value).strip('"')

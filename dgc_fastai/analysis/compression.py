@@ -16,13 +16,12 @@ from ..inference.deploy import deploy
 from ..inference.predict import Predictor
 from ..layers.dynamic_group_conv import DynamicGroupConv2d
 from ..models.cost import budget
-from ..ops.device import select_channels_last, select_device
+from ..ops.device import device_wait, select_channels_last, select_device
 from ..recipe.schema import Recipe
 from ..training.compression import dense_network, dense_recipe
 from ..training.run import TrainingRun
 from ..training.run_summary import read_run
 from ..utils.files import write_atomically
-from .benchmark_plan import device_wait
 from .benchmark_report import progress_bar
 from .compression_text import runtime_title
 from .environment import instruction_sets

@@ -20,7 +20,7 @@ from ..models.factory import build_model
 from ..ops.device import select_channels_last, select_device
 from ..recipe.loading import parse_recipe
 from ..recipe.schema import Recipe
-from ..utils.errors import CheckpointError, UserError
+from ..utils.errors import CheckpointError, UserError, dead_reader
 from .deploy import deploy
 from .prediction_file import Prediction
 
@@ -166,12 +166,9 @@ def _read(loader: DataLoader) -> Iterator[Any]:
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not (death := dead_reader(error)):
             raise
-        raise UserError(
-            "a process that reads images has died, possibly for lack of memory; try fewer --workers, or a smaller "
-            "--batch-size"
-        ) from None
+        raise UserError(f"{death}; try fewer --workers, or a smaller --batch-size") from None
 
 
 def _read_metadata(path: Path) -> tuple[str, list[str]]:

@@ -19,7 +19,12 @@ from ..utils.errors import CheckpointError
 from .checkpoints import check_fit, read_tensors, translate
 from .efficientnet_names import with_timm_names
 
-__all__ = ["Weights", "load_weights", "read_weights"]
+__all__ = ["OtherClasses", "Weights", "load_weights", "read_weights"]
+
+
+class OtherClasses(CheckpointError):
+    """The weights are of a network for other classes."""
+
 
 HUB = "hf-hub:"
 GATES = (".gates.", ".inactive_channels")
@@ -75,7 +80,7 @@ def load_weights(network: nn.Module, weights: Weights, with_classifier: bool = F
         Their source, and what was left out.
 
     Raises:
-        CheckpointError: they do not fit.
+        CheckpointError: they do not fit; `OtherClasses` if that is the classifier.
     """
     expected = network.state_dict()
     state = _with_names_of(network, weights)
@@ -85,7 +90,7 @@ def load_weights(network: nn.Module, weights: Weights, with_classifier: bool = F
         classes = next((_length(state[name]) for name in reversed(head) if name in state), 0)
         if with_classifier and classes:
             wanted = len(expected[head[-1]])
-            raise CheckpointError(f"{source}: a network of {classes:,} classes cannot teach one of {wanted:,}")
+            raise OtherClasses(f"{source}: a network of {classes:,} classes cannot teach one of {wanted:,}")
         source += f", without its classifier of {classes:,} classes" if classes else ", which has no classifier"
         if not with_classifier:
             state = {name: tensor for name, tensor in state.items() if not name.startswith(classifiers)}

@@ -1,5 +1,8 @@
 """The device to compute on, and what suits it."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from ..recipe.schema import Recipe
@@ -84,3 +87,8 @@ def select_precision(name: str, device: torch.device) -> str:
 def select_channels_last(wanted: bool | None, device: torch.device) -> bool:
     """Whether to compute in channels-last memory format: as a recipe says, by default on CUDA, where it is faster."""
     return device.type == "cuda" if wanted is None else wanted
+
+
+def device_wait(device: torch.device) -> Callable[[], None]:
+    """A function that returns when the device has finished its work."""
+    return (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)

@@ -78,6 +78,14 @@ def differences(first: Recipe, second: Recipe, ignore: Iterable[str] = ()) -> li
     return sorted(found)
 
 
+def value_at(recipe: Recipe, key: str) -> Any:
+    """The value of a key such as `train.lr`, as JSON can hold it: of a section, what differs from its defaults."""
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value.model_dump(mode="json", exclude_defaults=True) if isinstance(value, Section) else value
+
+
 def _to_json(content: dict, where: str) -> str:
     if _size(content, {}) > 100_000:
         raise RecipeError(f"{where}: not a recipe: its anchors expand to more than a recipe can hold")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..utils import launch
-from ..utils.errors import LostProcess
+from ..utils.errors import LostProcess, dead_reader
 from .watch import Watch, watch_processes
 
 __all__ = [
@@ -146,10 +146,8 @@ def lost_processes_named(advice: str = "") -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        if "DataLoader worker" in text:
-            raise LostProcess(
-                f"a process that reads images has died, possibly for lack of memory; try fewer data.workers{_advice}"
-            ) from None
+        if death := dead_reader(error):
+            raise LostProcess(f"{death}; try fewer data.workers{_advice}") from None
         if _store is not None and (isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text):
             raise _lost() from None
         raise

@@ -6,7 +6,7 @@ import torch
 
 from ..data.classes import class_names
 from ..models.factory import create_unconverted
-from ..models.weights import load_weights, read_weights
+from ..models.weights import OtherClasses, load_weights, read_weights
 from ..recipe.schema import Recipe, Train
 from ..utils.errors import CheckpointError, RecipeError
 
@@ -54,7 +54,7 @@ def has_classifier(recipe: Recipe) -> bool:
         return False
     try:
         dense_network(recipe)
-    except _OtherClasses:
+    except OtherClasses:
         return False
     except CheckpointError:
         if recipe.model.weights != "auto":
@@ -76,9 +76,5 @@ def dense_network(recipe: Recipe) -> torch.nn.Module:
         )
     network = create_unconverted(recipe.model, len(class_names(recipe.data)), recipe.data.input_size)
     if (source := load_weights(network, weights)) != weights.source:
-        raise _OtherClasses(f"model.weights: {source}")
+        raise OtherClasses(f"model.weights: {source}")
     return network.eval()
-
-
-class _OtherClasses(CheckpointError):
-    """The weights are of a network for other classes."""

@@ -17,6 +17,7 @@ from ..layers.gate_schedule import set_progress
 from ..models.allocation import Options
 from ..models.conversion import convert
 from ..models.gate_counts import evaluating
+from ..ops.device import device_wait
 from ..recipe.conversion import Convert
 from ..utils.timing import Variant, measure_times
 
@@ -97,8 +98,6 @@ class TimedNetwork:
     def _times(self, networks: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> dict[str, float]:
         """Median milliseconds of each network."""
         variants = [Variant(name, nullcontext, partial(one, inputs[name])) for name, one in networks.items()]
-        device = self.image.device
-        wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
         with torch.no_grad():
-            times = measure_times(variants, ROUNDS, wait, block=BLOCK)
+            times = measure_times(variants, ROUNDS, device_wait(self.image.device), block=BLOCK)
         return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}

@@ -32,7 +32,7 @@ from ..layers.gate_schedule import dgc_layers
 from ..models.checkpoints import load_checkpoint, saved_recipe
 from ..models.cost import Budget
 from ..models.factory import checked_cost, convert_model, create_unconverted, network_cost, prepare
-from ..models.weights import Weights, load_weights, read_weights
+from ..models.weights import OtherClasses, Weights, load_weights, read_weights
 from ..ops.device import resolve, use_device
 from ..recipe.schema import Recipe
 from ..utils import launch
@@ -213,10 +213,8 @@ class TrainingRun:
     def _load_before(self, network: torch.nn.Module, weights: Weights, teaches: bool) -> str:
         try:
             return load_weights(network, weights, with_classifier=teaches)
-        except CheckpointError as error:
-            if teaches and "cannot teach" in str(error):
-                raise CheckpointError(f"{error}; `compress` trains the network before first") from None
-            raise
+        except OtherClasses as error:
+            raise CheckpointError(f"{error}; `compress` trains the network before first") from None
 
     def _converted(self, network: torch.nn.Module, has_weights: bool) -> torch.nn.Module:
         """A network with the DGC layers of the recipe; the gate factors are chosen first if that is left to do."""

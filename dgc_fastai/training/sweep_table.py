@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..utils.figures import to_png
+from ..utils.means import standard_error
 
 __all__ = ["draw_sweep", "group_rows"]
 
@@ -21,7 +22,7 @@ def group_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "label": group,
             "top_1": statistics.fmean(row["top_1"] for row in own),
-            "error": statistics.stdev(row["top_1"] for row in own) / len(own) ** 0.5 if len(own) > 1 else None,
+            "error": standard_error([row["top_1"] for row in own]),
             "seeds": len(own),
             "macs": own[0]["macs"],
             "macs_dense": own[0]["macs_dense"],

@@ -2,6 +2,8 @@
 
 import re
 
+from .text import one_line
+
 __all__ = [
     "CheckpointError",
     "Interrupted",
@@ -10,6 +12,7 @@ __all__ = [
     "TrainingError",
     "UserError",
     "WriteError",
+    "dead_reader",
     "out_of_memory",
 ]
 
@@ -19,7 +22,7 @@ OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memo
 
 def out_of_memory(error: BaseException) -> str | None:
     """One line about an error of PyTorch or Python that means that memory is full; None for any other error."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(text):
         return None
     amount = re.search(r"tried to allocate ([\d.]+) ([KMG]iB|bytes)", text, re.I)
@@ -29,6 +32,12 @@ def out_of_memory(error: BaseException) -> str | None:
         f"out of memory {where}{size}; lower data.batch_size, with train.accumulate for the same optimizer step, set "
         "train.precision=bf16 or model.memory_efficient=true, or free what other programs hold"
     )
+
+
+def dead_reader(error: BaseException) -> str | None:
+    """What it means if an error of PyTorch is that a loader's process has died; None for any other error."""
+    is_one = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    return "a process that reads images has died, possibly for lack of memory" if is_one else None
 
 
 class UserError(ValueError):

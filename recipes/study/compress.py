@@ -17,7 +17,6 @@ import argparse
 import copy
 import csv
 import json
-import statistics
 import time
 from bisect import bisect_left
 from pathlib import Path
@@ -41,6 +40,7 @@ from dgc_fastai.models.weights import Weights, load_weights
 from dgc_fastai.recipe.schema import Recipe
 from dgc_fastai.training.learner import RecipeLearner, assemble
 from dgc_fastai.utils.files import write_atomically, write_table
+from dgc_fastai.utils.means import mean_text
 
 SIZE = (3, 48, 48)
 PICTURES, EPOCHS, BATCH = 4_000, 6, 64
@@ -230,11 +230,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def mean(rows: list[dict[str, Any]], column: str) -> str:
-    values = [float(row[column]) for row in rows if row[column] != ""]
-    if not values:
-        return ""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
+    return mean_text([float(row[column]) for row in rows if row[column] != ""], 2)
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ from dgc_fastai.layers.dynamic_group_conv import DynamicGroupConv2d, HeadGates
 from dgc_fastai.layers.gate_schedule import dgc_layers, gate_penalty, num_inactive
 from dgc_fastai.utils.figures import to_png
 from dgc_fastai.utils.files import write_atomically, write_table
+from dgc_fastai.utils.means import mean_text, standard_error
 
 SIZE = 24  # pixels of the network's input
 BATCH = 128
@@ -505,7 +506,7 @@ def draw(rows: list[dict[str, Any]]) -> bytes:
             points = [[row for row in rows if row["variant"] == name] for name in names]
             costs = [float(own[0]["M_MACs"]) for own in points if own]
             values = [[float(row[part]) for row in own] for own in points if own]
-            errors = [statistics.stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0.0 for one in values]
+            errors = [standard_error(one) or 0.0 for one in values]
             means = list(map(statistics.mean, values))
             style = "-" if number < 3 else "--"
             axes.errorbar(costs, means, errors, label=label, linestyle=style, marker="o", markersize=4, capsize=3)
@@ -519,11 +520,7 @@ SHOWN = {"val": 1, "test": 1, "another_image": 1, "mean": 1, "usage_entropy": 2}
 
 
 def _mean(rows: list[dict[str, Any]], column: str, digits: int) -> str:
-    values = [float(row[column]) for row in rows if row[column] != ""]
-    if not values:
-        return ""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{error}"
+    return mean_text([float(row[column]) for row in rows if row[column] != ""], digits)
 
 
 def main() -> None:

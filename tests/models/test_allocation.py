@@ -56,11 +56,11 @@ def test_the_budget_is_met_to_half_a_step(layers, share):
 @settings(deadline=None, max_examples=150)
 @given(some_layers, st.floats(0, 1), st.floats(1.01, 50), st.booleans())
 def test_a_more_sensitive_layer_never_keeps_less(layers, share, more, is_first):
-    twin = replace(layers[0], name="twin", losses=layers[0].losses * more)
-    layers = [twin, *layers] if is_first else [*layers, twin]
+    worse = replace(layers[0], name="worse", losses=layers[0].losses * more)
+    layers = [worse, *layers] if is_first else [*layers, worse]
     least, most = reach(layers)
     kept = allocate(layers, least + share * (most - least))
-    assert kept["twin"] >= kept["l0"]
+    assert kept["worse"] >= kept["l0"]
 
 
 @settings(deadline=None, max_examples=30)

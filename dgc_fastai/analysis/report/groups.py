@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
-from ...recipe.loading import differences
+from ...recipe.loading import differences, value_at
+from ...utils.means import standard_error
 from .collect import StoredRun
 
 __all__ = ["common_differences", "group_runs", "label_runs", "pareto_front"]
@@ -55,11 +54,7 @@ def label_runs(runs: Sequence[StoredRun], keys: Sequence[str]) -> list[str]:
 
 def recipe_value(run: StoredRun, key: str) -> str:
     """The value of a recipe's key as text; "-" if there is none."""
-    value: Any = run.recipe and run.recipe.without_choice()
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    if isinstance(value, BaseModel):
-        value = value.model_dump()
+    value = run.recipe and value_at(run.recipe.without_choice(), key)
     return "-" if value is None else json.dumps(value, ensure_ascii=False).strip('"')
 
 
@@ -81,7 +76,7 @@ def group_runs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "runs": [row["id"] for row in own],
                 "seeds": len(found),
                 "top_1": statistics.fmean(found) if found else None,
-                "error": statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None,
+                "error": standard_error(found),
                 "macs": next((row["macs"] for row in own if row["macs"] is not None), None),
                 "ms": next((row["ms"] for row in own if row["ms"] is not None), None),
             }

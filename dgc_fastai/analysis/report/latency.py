@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from ...inference.deploy import deploy
-from ...ops.device import select_channels_last, select_device
-from ..benchmark_plan import device_wait
+from ...ops.device import device_wait, select_channels_last, select_device
 from ..timing import Variant, describe_machine, measure_times, spread
 
 __all__ = ["describe_here", "measure_latency"]
