@@ -227,7 +227,8 @@ class TrainingRun:
             elif settings.target_ms:
                 raise RecipeError("model.convert.target_ms: it is for trained networks; set model.weights, or target")
         network = convert_model(network, self.recipe.model, self.input_size)
-        self.cost = checked_cost(network, len(self.classes), self.input_size)
+        if settings and (settings.target or settings.target_ms):  # whose gate factors are known only now
+            self.cost = checked_cost(network, len(self.classes), self.input_size)
         return network
 
     def _keep_teacher(self, network: torch.nn.Module) -> None:

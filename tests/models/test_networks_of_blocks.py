@@ -85,7 +85,7 @@ def test_what_a_layer_may_keep_costs_whole_blocks():
     layer = DynamicGroupConv2d(64, 128, 1, heads=2, squeeze_rate=8, gate_factor=0.25, granularity=8, preact=False)
     model = nn.Sequential(layer)
     (options,) = mac_options(model, budget(model, (64, 10, 10)))
-    for kept in (8, 16, 33, 60):
+    for kept in range(1, 8):  # blocks
         layer.gate_factor = options.gate_factor(kept)
         assert budget(model, (64, 10, 10)).macs == options.costs[kept]
     assert options.costs[-1] == 64 * 128 * 100
