@@ -5,6 +5,7 @@ The budget is in whatever the costs are in: MACs, or milliseconds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch.nn as nn
@@ -179,11 +180,12 @@ def _refine(options: Sequence[Options], kept: dict[str, int], spare: float) -> d
         spare: what the layers cost beyond the budget.
     """
     closing = [one for one in options if kept[one.name] < one.channels and one.step > 0]
-    # Among layers of equal steps, that which loses least closes first, and that which loses most opens first.
-    closing.sort(key=lambda one: (-one.step, float(np.sum(one.losses)) * (1 if spare > 0 else -1)))
-    for one in closing:
-        number = kept[one.name]
-        moved = min(max(number - round(spare / one.step), one.fewest), one.most)
-        spare -= float(one.costs[number] - one.costs[moved])
-        kept[one.name] = moved
+    closing.sort(key=lambda one: -one.step)
+    for _, equal in groupby(closing, key=lambda one: one.step):
+        # Among layers of equal steps, that which loses least closes first, and that which loses most opens first.
+        for one in sorted(equal, key=lambda one: float(np.sum(one.losses)), reverse=bool(spare < 0)):
+            number = kept[one.name]
+            moved = min(max(number - round(spare / one.step), one.fewest), one.most)
+            spare -= float(one.costs[number] - one.costs[moved])
+            kept[one.name] = moved
     return kept

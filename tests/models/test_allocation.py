@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dgc_fastai import budget, convert
@@ -53,8 +53,19 @@ def test_the_budget_is_met_to_half_a_step(layers, share):
         assert abs(cost_of(layers, kept) - wanted) <= min(one.step for one in room) / 2 + 1e-6
 
 
+# In which a layer of larger steps closes too far, so that those of smaller steps open again.
+TOO_FAR = [
+    (8, 1, 0.0, 0.25, 1.0),
+    (8, 5, 0.0, 3.0, 1.0),
+    (8, 1, 0.0, 1.0, 1.0),
+    (17, 2, 0.0, 1.0, 1.0),
+    (22, 3, 3.0, 6.0, 2.0),
+]
+
+
 @settings(deadline=None, max_examples=150)
 @given(some_layers, st.floats(0, 1), st.floats(1.01, 50), st.booleans())
+@example([options(f"l{place}", *row) for place, row in enumerate(TOO_FAR)], 0.5, 2.0, False)
 def test_a_more_sensitive_layer_never_keeps_less(layers, share, more, is_first):
     worse = replace(layers[0], name="worse", losses=layers[0].losses * more)
     layers = [worse, *layers] if is_first else [*layers, worse]
